@@ -1,0 +1,1 @@
+"""In-memory snapshots: arenas, the snapshot manager process, and its client."""

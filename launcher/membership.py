@@ -1,0 +1,476 @@
+"""The coordinator's mind: who is a member, when a generation ends, what the next one resumes from. Pure.
+
+    events (hello, exited, join, restored, ...) ──▶ Membership.on_*(now_ns) ──▶ list of Action
+
+         ┌──── every rank joined, Form sent ────┐
+      FORMING(g) ◀── a member is lost ─────── RUNNING(g)        a further failure while FORMING is simply
+         └──── a joined rank is lost: g+1 ──┐                   FORMING(g+1): there is no nested recovery
+         └◀──────────────────────────────────┘
+
+No socket, clock or thread: time is passed in, actions are carried out by coordinator.py. Invariants:
+
+* `generation` only rises; a Form is sent once per generation, to exactly the ranks that joined it;
+* a Form names every rank of the job once, each with the incarnation that joined, or counts it as finished;
+* a message of an older generation changes nothing;
+* a rank that finished (said goodbye after the final barrier) is never needed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from holdfast.proto.ids import NO_STEP
+from holdfast.runtime.recovery.decide import Impossible, Report, Source, decide_resume
+
+SUSPECT_GRACE_NS = 500_000_000
+"""How long a broken connection without a known death waits for the agent to name the dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """To every rank with a session: leave what is older than `generation` and join it."""
+
+    generation: int
+    reason: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """To every rank that joined: the generation stands."""
+
+    generation: int
+    members: tuple[tuple[int, int, str, Source], ...]  # rank, incarnation, host, where its state comes from
+    resume_step: int
+    fresh: bool
+    solo: bool
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAll:
+    """To every member: the collected addresses."""
+
+    generation: int
+    values: Mapping[str, bytes]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StopJob:
+    """To all agents: the job cannot go on."""
+
+    exit_code: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of the event record; also the coordinator's log."""
+
+    event: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """One line for the operator's terminal."""
+
+    line: str
+
+
+Action = Fence | Form | StoreAll | StopJob | Record | Announce
+
+
+class State(Enum):
+    """What the coordinator waits for."""
+
+    FORMING = "forming"  # joins
+    RUNNING = "running"  # the next failure
+
+
+@dataclass(slots=True)
+class Slot:
+    """One rank's place. `incarnation` is the newest that an agent started."""
+
+    incarnation: int = 0
+    pid: int = 0
+    host: str = ""
+    alive: bool = False
+    connected: bool = False
+    finished: bool = False
+    step: int = NO_STEP
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A rank's join: which process, and what it reported."""
+
+    incarnation: int
+    report: Report
+    plan: str
+    compute: str
+    until: int
+
+
+@dataclass(slots=True)
+class Recovery:
+    """A recovery under way: from the first signal to the first step committed after it."""
+
+    causes: list[dict[str, object]] = field(default_factory=list)
+    detected_ns: int = 0
+    last_progress_ns: int = 0
+    formed_ns: int = 0
+    restored_ns: int = 0
+    restored: set[int] = field(default_factory=set)
+    sources: dict[str, list[int]] = field(default_factory=dict)
+    resume_step: int = NO_STEP
+    step_before: int = NO_STEP
+
+
+class Membership:
+    """See the module's docstring. One instance per coordinator; not thread-safe (one event loop owns it)."""
+
+    def __init__(self, world_size: int, *, generation: int = 0, members: Mapping[int, int] | None = None) -> None:
+        """`generation`, `members`: what the log of a killed coordinator says stood; members rank -> incarnation."""
+        self.world_size = world_size
+        self.generation = generation
+        self.state = State.RUNNING if members else State.FORMING
+        self.slots = {rank: Slot() for rank in range(world_size)}
+        self.members: dict[int, int] = dict(members or {})
+        for rank, incarnation in self.members.items():
+            self.slots[rank].incarnation = incarnation
+            self.slots[rank].alive = True
+        self._joins: dict[int, Joined] = {}
+        self._gathered: dict[str, bytes] = {}
+        self._gathered_from: set[int] = set()
+        self._recovery: Recovery | None = None
+        self._suspected: tuple[int, int, str] | None = None  # deadline, generation, reason
+        self.recoveries = 0
+        self.step = NO_STEP
+        self.loss = float("nan")
+
+    # ---- agents -------------------------------------------------------------------------------------
+
+    def on_agent_hello(self, now_ns: int, host: str, ranks: Iterable[tuple[int, int, int]]) -> list[Action]:
+        """An agent (re)connected and says which process holds each of its ranks: (rank, incarnation, pid)."""
+        actions: list[Action] = []
+        for rank, incarnation, pid in ranks:
+            actions += self.on_rank_started(now_ns, rank, incarnation, pid, host, "")
+        return actions
+
+    def on_rank_started(
+        self, now_ns: int, rank: int, incarnation: int, pid: int, host: str, source: str
+    ) -> list[Action]:
+        """An agent started a process for `rank`."""
+        slot = self.slots[rank]
+        if incarnation < slot.incarnation:
+            return []
+        replaced = incarnation > slot.incarnation and self._counts(rank)
+        if incarnation > slot.incarnation:
+            slot.finished = False  # the one before left the last barrier, this one has nothing yet
+        slot.incarnation, slot.pid, slot.host, slot.alive = incarnation, pid, host, True
+        actions: list[Action] = []
+        if source:
+            actions.append(
+                Record({"event": "rank_started", "rank": rank, "incarnation": incarnation, "pid": pid, "source": source})
+            )
+        if replaced:
+            # The death itself was never heard of: the coordinator was away when the agent told it.
+            actions += self._begin(now_ns, f"rank {rank} was replaced", cause={"rank": rank, "reason": "unknown"})
+        return actions
+
+    def on_rank_exited(
+        self,
+        now_ns: int,
+        rank: int,
+        incarnation: int,
+        reason: str,
+        *,
+        detected_ns: int,
+        last_progress_ns: int,
+        finished: bool = False,
+        phase: str = "",
+    ) -> list[Action]:
+        """An agent saw the end of a process (or ended it because it hung)."""
+        slot = self.slots[rank]
+        if incarnation < slot.incarnation:
+            return []
+        slot.alive = slot.connected = False
+        if finished:
+            slot.finished = True
+            return [Record({"event": "rank_finished", "rank": rank, "incarnation": incarnation})]
+        cause: dict[str, object] = {
+            "rank": rank,
+            "incarnation": incarnation,
+            "reason": reason,
+            "phase": phase,
+            "detected_ns": detected_ns,
+            "last_progress_ns": last_progress_ns,
+        }
+        actions: list[Action] = [Record({"event": "rank_lost", **cause})]
+        if slot.finished:
+            return actions  # it had left the last barrier; its replacement will restore alone
+        if self._counts(rank):
+            actions += self._begin(now_ns, f"rank {rank} lost: {reason}", cause=cause)
+        return actions
+
+    # ---- ranks --------------------------------------------------------------------------------------
+
+    def on_rank_hello(
+        self, now_ns: int, rank: int, incarnation: int, pid: int, host: str, generation: int, live_step: int
+    ) -> list[Action]:
+        """A rank opened its session (for the first time, or again after this coordinator was restarted)."""
+        slot = self.slots[rank]
+        if incarnation < slot.incarnation:
+            return []  # a fenced process that does not know it yet
+        slot.connected = slot.alive = True
+        slot.pid, slot.host = pid, host
+        newer = incarnation > slot.incarnation
+        if newer:
+            slot.finished = False
+        slot.incarnation = incarnation
+        if generation > self.generation:
+            # The log lost its tail; the ranks know better.
+            self.generation = generation
+        if self.state is State.FORMING:
+            return [Fence(self.generation, "joining", (rank,))] if self.generation else self._begin(now_ns, "start")
+        if newer or self.members.get(rank) != incarnation or generation != self.generation:
+            return self._begin(now_ns, f"rank {rank} joins")
+        return []
+
+    def on_join(self, now_ns: int, rank: int, generation: int, joined: Joined) -> list[Action]:
+        """A rank left its old generation and can be part of `generation`."""
+        slot = self.slots[rank]
+        if joined.incarnation < slot.incarnation:
+            return []
+        if generation != self.generation or self.state is not State.FORMING:
+            return [Fence(self.generation, "a newer generation", (rank,))] if generation < self.generation else []
+        self._joins[rank] = joined
+        return self._form_if_complete(now_ns)
+
+    def on_store_set(self, rank: int, generation: int, key: str, value: bytes, gather: bool) -> list[Action]:
+        """A member published an address of its group."""
+        if generation != self.generation or self.state is not State.RUNNING:
+            return []
+        ranks = tuple(sorted(self.members))
+        if not gather:
+            return [StoreAll(generation, {key: value}, ranks)]
+        self._gathered[key] = value
+        self._gathered_from.add(rank)
+        if len(self._gathered_from) < len(ranks):
+            return []
+        values, self._gathered, self._gathered_from = self._gathered, {}, set()
+        return [StoreAll(generation, values, ranks)]
+
+    def on_restored(
+        self, rank: int, generation: int, restored_ns: int, sources: Iterable[tuple[str, int, int]]
+    ) -> list[Action]:
+        """A member's state is the resume step's; `sources` are (rung, bytes, pieces)."""
+        recovery = self._recovery
+        if generation != self.generation or recovery is None:
+            return []
+        recovery.restored.add(rank)
+        recovery.restored_ns = max(recovery.restored_ns, restored_ns)
+        for rung, size, pieces in sources:
+            total = recovery.sources.setdefault(rung, [0, 0, 0])
+            total[0] += 1
+            total[1] += size
+            total[2] += pieces
+        return []
+
+    def on_committed(
+        self, rank: int, generation: int, step: int, committed_ns: int, loss: float, first: bool
+    ) -> list[Action]:
+        """A member committed a step: the first after a resume, or one for the display."""
+        if generation != self.generation:
+            return []
+        self.slots[rank].step = step
+        self.step, self.loss = max(self.step, step), loss
+        if not first or self._recovery is None or self.state is not State.RUNNING:
+            return []
+        return self._recovered(self._recovery, step, committed_ns)
+
+    def on_suspect(self, now_ns: int, rank: int, generation: int, what: str) -> list[Action]:
+        """A member's communication broke. The agents usually name the dead within milliseconds."""
+        if generation == self.generation and self.state is State.RUNNING and self._suspected is None:
+            self._suspected = (now_ns + SUSPECT_GRACE_NS, generation, f"rank {rank}: {what}")
+        return []
+
+    def on_goodbye(self, rank: int, incarnation: int, step: int) -> list[Action]:
+        """A rank passed the final barrier: all state after `step` is kept, and it takes part no more."""
+        slot = self.slots[rank]
+        if incarnation == slot.incarnation:
+            slot.finished, slot.step = True, step
+        return []
+
+    def on_session_lost(self, rank: int, incarnation: int) -> list[Action]:
+        """A rank's stream ended. Its agent says whether it died; a live rank connects again."""
+        slot = self.slots[rank]
+        if incarnation == slot.incarnation:
+            slot.connected = False
+        return []
+
+    def on_tick(self, now_ns: int) -> list[Action]:
+        """Time passed."""
+        if self._suspected is None or now_ns < self._suspected[0]:
+            return []
+        _, generation, reason = self._suspected
+        self._suspected = None
+        if generation != self.generation or self.state is not State.RUNNING:
+            return []
+        return self._begin(now_ns, reason, cause={"rank": None, "reason": reason, "detected_ns": now_ns})
+
+    def next_tick_ns(self) -> int | None:
+        """When on_tick wants to be called, if at all."""
+        return self._suspected[0] if self._suspected is not None else None
+
+    # ---- decisions ----------------------------------------------------------------------------------
+
+    def _counts(self, rank: int) -> bool:
+        """Whether losing `rank` ends what stands or is being formed."""
+        return rank in self.members if self.state is State.RUNNING else rank in self._joins
+
+    def _begin(self, now_ns: int, reason: str, cause: dict[str, object] | None = None) -> list[Action]:
+        """Start forming the next generation."""
+        self.generation += 1
+        self.state = State.FORMING
+        self._joins, self._gathered, self._gathered_from = {}, {}, set()
+        self._suspected = None
+        if self.members and self._recovery is None:
+            self._recovery = Recovery(step_before=self.step)
+        self.members = {}
+        if self._recovery is not None:
+            recovery = self._recovery
+            recovery.restored, recovery.restored_ns, recovery.sources = set(), 0, {}
+            if cause is not None:
+                recovery.causes.append(cause)
+                if not recovery.detected_ns:
+                    detected, progress = cause.get("detected_ns"), cause.get("last_progress_ns")
+                    recovery.detected_ns = detected if isinstance(detected, int) and detected else now_ns
+                    recovery.last_progress_ns = progress if isinstance(progress, int) else 0
+            recovery.detected_ns = recovery.detected_ns or now_ns
+        connected = tuple(rank for rank, slot in self.slots.items() if slot.connected and not slot.finished)
+        return [
+            Record({"event": "fence", "generation": self.generation, "reason": reason}),
+            Fence(self.generation, reason, connected),
+        ]
+
+    def _form_if_complete(self, now_ns: int) -> list[Action]:
+        finished = {rank for rank, slot in self.slots.items() if slot.finished and rank not in self._joins}
+        if len(self._joins) + len(finished) < self.world_size:
+            return []
+        mismatch = _mismatch(self._joins)
+        if mismatch:
+            return [StopJob(2, mismatch)]
+        decision = decide_resume([self._joins[rank].report for rank in sorted(self._joins)])
+        if isinstance(decision, Impossible):
+            return [StopJob(1, _lost_for_good(decision))]
+        until = max(joined.until for joined in self._joins.values())
+        if finished and decision.step != until:
+            gone = ", ".join(map(str, sorted(finished)))
+            return [StopJob(1, f"ranks {gone} left before step {until}; the state left is of step {decision.step}")]
+        ranks = tuple(sorted(self._joins))
+        self.state = State.RUNNING
+        self.members = {rank: self._joins[rank].incarnation for rank in ranks}
+        members = tuple(
+            (rank, self.members[rank], self.slots[rank].host, decision.sources.get(rank, Source("live")))
+            for rank in ranks
+        )
+        if self._recovery is not None:
+            self._recovery.formed_ns = now_ns
+            self._recovery.resume_step = decision.step
+        self.step = decision.step
+        formed: dict[str, object] = {
+            "event": "formed",
+            "generation": self.generation,
+            "members": {str(rank): incarnation for rank, incarnation in self.members.items()},
+            "resume_step": decision.step,
+            "fresh": decision.fresh,
+            "solo": bool(finished),
+        }
+        self._joins = {}
+        return [
+            Record(formed),
+            Form(self.generation, members, decision.step, decision.fresh, bool(finished), ranks),
+        ]
+
+    def _recovered(self, recovery: Recovery, step: int, committed_ns: int) -> list[Action]:
+        self._recovery = None
+        self.recoveries += 1
+
+        def span(start_ns: int, end_ns: int) -> float:
+            return round(max(0, end_ns - start_ns) / 1e6, 3) if start_ns and end_ns else 0.0
+
+        spans = {
+            "detect_ms": span(recovery.last_progress_ns, recovery.detected_ns),
+            "reform_ms": span(recovery.detected_ns, recovery.formed_ns),
+            "restore_ms": span(recovery.formed_ns, recovery.restored_ns),
+            "resume_ms": span(recovery.restored_ns, committed_ns),
+        }
+        total_ms = span(recovery.detected_ns, committed_ns)
+        lost = "; ".join(f"rank {cause['rank']} {cause['reason']}" for cause in recovery.causes) or "unknown"
+        event: dict[str, object] = {
+            "event": "recovery",
+            "generation": self.generation,
+            "causes": recovery.causes,
+            "resume_step": recovery.resume_step,
+            "step_before": recovery.step_before,
+            "first_step": step,
+            "exact": True,
+            "sources": {
+                rung: {"ranks": n, "bytes": size, "pieces": pieces}
+                for rung, (n, size, pieces) in sorted(recovery.sources.items())
+            },
+            "total_ms": total_ms,
+            **spans,
+        }
+        steps = ", ".join(f"{name[:-3]} {value:.0f}" for name, value in spans.items())
+        line = (
+            f"recovered in {total_ms:.0f} ms ({steps} ms): {lost}; resumed from step {recovery.resume_step}, "
+            f"step {step} committed; exact"
+        )
+        return [Record(event), Announce(line)]
+
+    def status(self) -> dict[str, object]:
+        """Everything `holdfast status` shows, as plain values."""
+        return {
+            "generation": self.generation,
+            "state": self.state.value,
+            "world_size": self.world_size,
+            "step": self.step,
+            "loss": self.loss,
+            "recoveries": self.recoveries,
+            "ranks": [
+                {
+                    "rank": rank,
+                    "incarnation": slot.incarnation,
+                    "pid": slot.pid,
+                    "host": slot.host,
+                    "alive": slot.alive,
+                    "connected": slot.connected,
+                    "finished": slot.finished,
+                    "joined": rank in self._joins,
+                }
+                for rank, slot in self.slots.items()
+            ],
+        }
+
+
+def _mismatch(joins: Mapping[int, Joined]) -> str:
+    """Why these processes cannot train together, or ''."""
+    for what, get in (("plan", lambda j: j.plan), ("numerics", lambda j: j.compute), ("last step", lambda j: j.until)):
+        values = {rank: get(joined) for rank, joined in sorted(joins.items())}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
+            return f"the ranks disagree on the {what} ({listed}); all must run the same script, arguments and build"
+    return ""
+
+
+def _lost_for_good(decision: Impossible) -> str:
+    ranks = ", ".join(map(str, decision.missing))
+    return (
+        f"the state of rank {ranks} after step {decision.newest} is lost: no live copy, no snapshot. "
+        "Keep snapshots on (--snapshots on), or run data-parallel replicas"
+    )

@@ -1,0 +1,12 @@
+"""Names of the environment variables that a Holdfast agent adds to torchrun's own for each rank."""
+
+from typing import Final
+
+JOB: Final = "HOLDFAST_JOB"  # job id; names the abstract sockets
+TOKEN: Final = "HOLDFAST_TOKEN"  # every gRPC call carries it
+AGENT: Final = "HOLDFAST_AGENT"  # abstract unix socket of the host's agent, without the leading NUL
+SMP: Final = "HOLDFAST_SMP"  # abstract unix socket of the host's snapshot manager, without the NUL
+COORDINATOR: Final = "HOLDFAST_COORDINATOR"  # host:port at the time of the spawn; the agent tells of changes
+INCARNATION: Final = "HOLDFAST_INCARNATION"
+FAULTS: Final = "HOLDFAST_FAULTS"  # scripted faults, see proto/faults.py
+RUN_DIR: Final = "HOLDFAST_RUN_DIR"  # where the event record lies

@@ -1,0 +1,1 @@
+"""Communication of one generation: groups, waking them, framed point-to-point transfers."""

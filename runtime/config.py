@@ -1,0 +1,78 @@
+"""What a user asks of a Trainer, checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from holdfast.proto.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """Arguments of Trainer, one field each; Trainer's docstring explains them."""
+
+    layers: Sequence[Any]
+    loss: Callable[[Any, Any], Any]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    data: Any
+    microbatch_size: int
+    microbatches: int | None = None
+    batch_size: int | None = None
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    validation: Any = None
+    validate_every: int = 0
+    validation_microbatches: int | None = None
+    stages: int | None = None
+    replicas: int | None = None
+    split: Sequence[int] | None = None
+    interleave: int = 1
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    clip_norm: float | None = None
+    autocast: torch.dtype | None = None
+    checkpoint_activations: bool = False
+    loss_scale: float | Literal["dynamic"] | None = None
+    skip_nonfinite: bool = False
+    seed: int = 0
+    shuffle: bool = True
+    exact: bool = True
+    state: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("microbatch_size", "interleave"):
+            _positive(name, getattr(self, name))
+        for name in ("microbatches", "batch_size", "stages", "replicas", "validation_microbatches"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if (self.microbatches is None) == (self.batch_size is None):
+            raise ConfigError("give either microbatches (per step) or batch_size (samples per step)")
+        if self.batch_size is not None and self.batch_size % self.microbatch_size:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is not divisible by microbatch_size {self.microbatch_size}"
+            )
+        if self.schedule not in ("1f1b", "gpipe"):
+            raise ConfigError(f"schedule is '1f1b' or 'gpipe', got {self.schedule!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm must be above 0, got {self.clip_norm}")
+        if self.validate_every and self.validation is None:
+            raise ConfigError("validate_every is set but no validation data is given")
+        if not callable(self.optimizer):
+            raise ConfigError("optimizer is a function of a list of parameters, such as lambda p: AdamW(p, lr=3e-4)")
+
+    @property
+    def step_microbatches(self) -> int:
+        """M: microbatches per optimizer step, over all replicas."""
+        if self.microbatches is not None:
+            return self.microbatches
+        assert self.batch_size is not None
+        return self.batch_size // self.microbatch_size
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -1,0 +1,426 @@
+"""One rank's training step, from microbatches to committed state; and validation. No recovery in here.
+
+    forward/backward ▸ gradient exchange ▸ snapshot fence ▸ gather (norms, losses, flags: the barrier)
+    ▸ optimizer ▸ snapshot of the new state begins, and overlaps the next forward/backward
+
+Until the optimizer runs nothing of the state has changed, so an error before it costs only the step. The
+gather tells every rank that every rank has final gradients, and which snapshot everybody has wholly copied:
+only then may the half of an older one be overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from holdfast.proto.errors import ConfigError
+from holdfast.proto.ids import NO_STEP
+from holdfast.proto.lease import Phase
+from holdfast.proto.plan import Plan
+
+from . import rng
+from .config import TrainerConfig
+from .data import Source, make_source
+from .device import choose_device, numerics_identity
+from .inject import Injector
+from .pipeline.exchange import exchange, exchange_ties, plan_exchanges
+from .pipeline.executor import Executor, Numerics, Outcome
+from .pipeline.planner import choose_grid, grid_plan
+from .pipeline.schedule import make_schedule
+from .scaler import LossScaler
+from .snapshot import Snapshots
+from .state import ModelState, build_unit, check_layers, find_ties
+
+_NO_GRADIENT = -1.0
+"""Stands for the norm of a gradient that does not exist."""
+
+if TYPE_CHECKING:
+    from .comm.group import Group
+    from .recovery.rejoin import Session
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Result of a committed step, equal on all ranks."""
+
+    step: int
+    loss: float
+    tokens: int
+    grad_norm: float
+    lr: float
+    skipped: bool
+    snapshot_step: int
+
+
+class Engine:
+    """Model, data, plan and executor of one rank. Lives as long as the process; `attach` per generation."""
+
+    def __init__(self, config: TrainerConfig, session: Session) -> None:
+        identity = session.identity
+        self.config = config
+        self.rank = identity.rank
+        self.step = 0
+        self.report: StepReport | None = None
+        self._session = session
+        self._lease = session.lease
+        self.device = choose_device(config.device, identity.local_rank)
+        session.use_backend(self.device.backend("127.0.0.1"))
+        self.injector = session.injector
+        layers = check_layers(config.layers)
+        stages, replicas = choose_grid(identity.world_size, config.stages, config.replicas)
+        self.plan = self._make_plan(len(layers), stages, replicas, config.step_microbatches)
+        hosted = self.plan.hosted(self.rank)
+        device = self.device.device
+        modules = {unit: build_unit(layers[unit], unit, config.seed, device) for unit in hosted}
+        self.ties = find_ties(layers, modules)
+        self._equalise_ties(layers, modules)
+        self.scaler = LossScaler(config.loss_scale)
+        self.state = ModelState(modules, config.optimizer, config.scheduler, config.state)
+        self.numerics = Numerics(config.seed, config.exact, config.autocast, config.checkpoint_activations)
+        self.compute = numerics_identity(config.autocast, device)
+        self.deterministic_start = all(not isinstance(layer, torch.nn.Module) for layer in layers)
+        self.source = make_source(
+            config.data,
+            microbatch_size=config.microbatch_size,
+            microbatches=config.step_microbatches,
+            seed=config.seed,
+            shuffle=config.shuffle,
+        )
+        self._exchanges = plan_exchanges(self.plan, exact=config.exact)
+        self._proven: set[int] = set()
+        self._executor = self._make_executor(self.plan)
+        self._validation = self._make_validation(stages, replicas)
+        self._validated: tuple[int, float] | None = None
+        self._group: Group | None = None
+        self._names: list[list[str]] = []
+        self._first_after_resume = True
+        self.snapshots = Snapshots(self, session)
+
+    # ---- building -----------------------------------------------------------------------------------
+
+    def _make_plan(self, units: int, stages: int, replicas: int, microbatches: int) -> Plan:
+        config = self.config
+        return grid_plan(
+            units=units,
+            stages=stages,
+            replicas=replicas,
+            microbatches=microbatches,
+            interleave=config.interleave,
+            schedule=config.schedule,
+            split=config.split,
+        )
+
+    def _make_executor(self, plan: Plan) -> Executor:
+        return Executor(
+            plan=plan,
+            schedule=make_schedule(plan).ranks[self.rank],
+            rank=self.rank,
+            modules=self.state.modules,
+            loss=self.config.loss,
+            numerics=self.numerics,
+            device=self.device.device,
+            lease=self._lease,
+            injector=self.injector,
+            proven=self._proven,
+        )
+
+    def _make_validation(self, stages: int, replicas: int) -> tuple[Executor, Source, Plan] | None:
+        config = self.config
+        if config.validation is None:
+            return None
+        count = config.validation_microbatches or config.step_microbatches
+        plan = self._make_plan(self.plan.units, stages, replicas, max(count, replicas))
+        source = make_source(
+            config.validation,
+            microbatch_size=config.microbatch_size,
+            microbatches=plan.microbatches,
+            seed=config.seed,
+            shuffle=False,
+        )
+        return self._make_executor(plan), source, plan
+
+    def _equalise_ties(self, layers: list[Any], modules: dict[int, torch.nn.Module]) -> None:
+        """Give every hosted copy of a tied parameter the first one's initial value."""
+        built: dict[int, torch.nn.Module] = dict(modules)
+        for tie in self.ties:
+            if tie.second_unit not in modules:
+                continue
+            if tie.first_unit not in built:
+                built[tie.first_unit] = build_unit(
+                    layers[tie.first_unit], tie.first_unit, self.config.seed, self.device.device
+                )
+            first = built[tie.first_unit].get_parameter(tie.first)
+            second = modules[tie.second_unit].get_parameter(tie.second)
+            if first is second:
+                # Two copies, kept equal by their gradients: what a rank hosts must not change what it computes.
+                self._split_shared(modules[tie.second_unit], tie.second)
+                continue
+            with torch.no_grad():
+                second.copy_(first)
+
+    @staticmethod
+    def _split_shared(module: torch.nn.Module, name: str) -> None:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        setattr(owner, leaf, torch.nn.Parameter(getattr(owner, leaf).detach().clone()))
+
+    def signature(self) -> str:
+        """What ranks must agree on besides numerics: the plan and the parts of the configuration that count."""
+        config = self.config
+        return ":".join(
+            map(
+                str,
+                (
+                    self.plan.digest()[:16],
+                    config.seed,
+                    config.microbatch_size,
+                    config.clip_norm,
+                    config.exact,
+                    config.validate_every,
+                ),
+            )
+        )
+
+    def peers(self) -> tuple[int, ...]:
+        """Ranks that host the same units as this one (data-parallel replicas), itself included."""
+        mine = self.plan.hosted(self.rank)
+        return tuple(rank for rank in range(self.plan.world_size) if self.plan.hosted(rank) == mine)
+
+    # ---- a generation -------------------------------------------------------------------------------
+
+    def attach(self, group: Group) -> None:
+        """Train over `group` from now on, once all ranks agree on where they are (raises ConfigError if not).
+
+        The names of all ranks' parameters are exchanged too: the norm adds them in one order.
+        """
+        self._group = group
+        self._executor.attach(group)
+        if self._validation is not None:
+            self._validation[0].attach(group)
+        mine = {"names": self.state.names(), "gate": self.gate()}
+        everybody = [json.loads(row) for row in group.allgather_bytes(json.dumps(mine).encode())]
+        self._names = [row["names"] for row in everybody]
+        for key in self.gate():
+            told = {rank: row["gate"][key] for rank, row in enumerate(everybody) if row["gate"][key] is not None}
+            if len(set(map(str, told.values()))) > 1:
+                raise ConfigError(f"the ranks disagree on the {key} that they resume with: {told}")
+        self._first_after_resume = True
+        self._validated = None
+
+    # ---- a step -------------------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        """Compute and commit the next step. Raises Fenced or PeerLost; the state is then what it was."""
+        group, lease, step = self._need_group(), self._lease, self.step + 1
+        started = time.monotonic()
+        self._session.check()
+        lease.renew(Phase.FORWARD)
+        self.source.begin(step)
+        outcome = self._executor.run(step, self.source, train=True, loss_scale=self.scaler.scale)
+        gradients = self._exchange(group, outcome, step)
+        lease.renew(Phase.SNAPSHOT)
+        self.snapshots.fence()
+        self.injector.at("commit", step)
+        gathered = self._gather(group, outcome, gradients)
+        self._commit(step, gathered, gradients, time.monotonic() - started)
+
+    def _exchange(
+        self, group: Group, outcome: Outcome, step: int
+    ) -> dict[tuple[int, str], torch.Tensor | None]:
+        self._lease.renew(Phase.EXCHANGE)
+        self.injector.at("exchange", step)
+        self._lease.renew(Phase.WAITING)
+        totals = exchange(
+            group,
+            self._exchanges,
+            self.rank,
+            outcome.sums,
+            self.state.by_unit,
+            self.plan.microbatches,
+            exact=self.config.exact,
+        )
+        flat = [gradient for unit in self.state.modules for gradient in totals[unit]]
+        gradients = dict(zip(self.state.parameters, flat, strict=True))
+        if self.ties:
+            exchange_ties(group, self.plan, self.ties, self.rank, gradients)
+        return gradients
+
+    def _gather(
+        self, group: Group, outcome: Outcome, gradients: dict[tuple[int, str], torch.Tensor | None]
+    ) -> Gathered:
+        """The step's barrier: everybody's losses, gradient norms and newest whole snapshot."""
+        self._lease.renew(Phase.EXCHANGE)
+        microbatches = self.plan.microbatches
+        width = max(len(names) for names in self._names)
+        vector = torch.full((1 + 3 * microbatches + width,), math.nan, dtype=torch.float64)
+        vector[0] = self.snapshots.newest
+        vector[1 + 3 * microbatches :] = _NO_GRADIENT
+        for microbatch, (value, count) in outcome.losses.items():
+            vector[1 + microbatch] = value.double().cpu() if value.dtype != torch.float64 else value.cpu()
+            vector[1 + microbatches + microbatch] = count
+            vector[1 + 2 * microbatches + microbatch] = outcome.tokens[microbatch]
+        present = [(i, g) for i, g in enumerate(gradients.values()) if g is not None]
+        if present:
+            norms = torch.stack(torch._foreach_norm([g for _, g in present])).double().cpu()
+            vector[torch.tensor([1 + 3 * microbatches + i for i, _ in present])] = norms
+        self._lease.renew(Phase.WAITING)
+        rows = group.allgather(vector)
+        return Gathered.of(rows, self._names, microbatches, self._tied_names())
+
+    def _tied_names(self) -> frozenset[str]:
+        return frozenset(f"{tie.second_unit}.{tie.second}" for tie in self.ties)
+
+    def _commit(
+        self,
+        step: int,
+        gathered: Gathered,
+        gradients: dict[tuple[int, str], torch.Tensor | None],
+        seconds: float,
+    ) -> None:
+        """Apply the update: from here on nothing can fail but this process."""
+        lease, config = self._lease, self.config
+        lease.renew(Phase.OPTIMIZER)
+        scale = 1.0 / (gathered.count * self.scaler.scale)
+        norm = gathered.norm * scale
+        finite = math.isfinite(norm)
+        skipped = not finite and (config.skip_nonfinite or config.loss_scale is not None)
+        lr = self.state.learning_rate
+        if not skipped:
+            if config.clip_norm is not None and norm > config.clip_norm:
+                scale *= config.clip_norm / (norm + 1e-6)
+            torch._foreach_mul_([g for g in gradients.values() if g is not None], scale)
+            self.injector.at("optimizer", step)
+            self.state.apply_gradients(gradients)
+            self.injector.at("applied", step)
+        self.scaler.update(finite)
+        self.step = step
+        self.snapshots.committed_everywhere(gathered.snapshot_step)
+        self.report = StepReport(
+            step, gathered.loss, gathered.tokens, norm, lr, skipped, gathered.snapshot_step
+        )
+        lease.committed(step, gathered.loss, seconds, gathered.tokens)
+        self._session.committed(step, gathered.loss, first=self._first_after_resume)
+        self._first_after_resume = False
+        self.snapshots.begin(step)
+
+    # ---- validation and the end ---------------------------------------------------------------------
+
+    def validate_if_due(self) -> None:
+        """Validate the current step if one is due and not done. Collective. Changes no state."""
+        every = self.config.validate_every
+        if not every or self._validation is None or self.step == 0 or self.step % every:
+            return
+        if self._validated is not None and self._validated[0] == self.step:
+            return
+        executor, source, plan = self._validation
+        group = self._need_group()
+        self._lease.renew(Phase.VALIDATE)
+        source.begin(1)
+        outcome = executor.run(1, source, train=False)
+        vector = torch.full((2 * plan.microbatches,), math.nan, dtype=torch.float64)
+        for microbatch, (value, count) in outcome.losses.items():
+            vector[microbatch], vector[plan.microbatches + microbatch] = value.double().cpu(), count
+        self._lease.renew(Phase.WAITING)
+        values = _merge(group.allgather(vector))
+        total, count = values[: plan.microbatches], values[plan.microbatches :]
+        self._validated = (self.step, math.fsum(total) / math.fsum(count))
+
+    def validation_loss(self, step: int) -> float | None:
+        """Validation loss of `step`, if it was due there."""
+        return self._validated[1] if self._validated is not None and self._validated[0] == step else None
+
+    def finish(self) -> None:
+        """Wait until the last state is kept everywhere. Collective."""
+        if self._session.solo:
+            return
+        self._lease.renew(Phase.SNAPSHOT)
+        self.snapshots.fence()
+        self._lease.renew(Phase.WAITING)
+        self._need_group().allgather(torch.tensor([self.step]))
+
+    def _need_group(self) -> Group:
+        assert self._group is not None, "no generation stands"
+        return self._group
+
+    @property
+    def live_step(self) -> int:
+        """Step of the state in this process' memory. A replacement's initial state counts only if it must be
+        what the first process had."""
+        if self.step == 0 and self._session.identity.incarnation > 0 and not self.deterministic_start:
+            return NO_STEP
+        return self.step
+
+    def gate(self) -> dict[str, Any]:
+        """What all ranks must agree on before a generation trains; None: this rank does not know."""
+        lr = self.state.learning_rate
+        return {"step": self.step, "loss scale": self.scaler.scale, "learning rate": None if math.isnan(lr) else lr}
+
+    # ---- capture ------------------------------------------------------------------------------------
+
+    def metadata(self) -> dict[str, Any]:
+        """Everything to capture that is not a tensor of the model or the optimizer."""
+        return {
+            "step": self.step,
+            "signature": self.signature(),
+            **self.state.metadata(),
+            "scaler": self.scaler.state_dict(),
+            "data": self.source.state(),
+            "rng": rng.capture(self.device.device),
+        }
+
+    def load(self, step: int, tensors: Any, metadata: Any) -> None:
+        """Become the state after `step`."""
+        self.state.load(tensors, metadata)
+        self.scaler.load_state_dict(metadata["scaler"])
+        self.source.load_state(metadata["data"])
+        rng.restore(metadata["rng"], self.device.device)
+        self.step = step
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What the barrier told: sums in microbatch order, the norm in name order, so equal in every layout."""
+
+    loss: float
+    count: float
+    tokens: int
+    norm: float
+    snapshot_step: int
+
+    @staticmethod
+    def of(
+        rows: list[torch.Tensor], names: list[list[str]], microbatches: int, tied: frozenset[str]
+    ) -> Gathered:
+        """Combine one vector per rank. A tied parameter counts once; a replica's norms are the first's."""
+        head = _merge([row[1 : 1 + 3 * microbatches] for row in rows])
+        losses, counts, tokens = (head[i * microbatches : (i + 1) * microbatches] for i in range(3))
+        norms: dict[str, float] = {}
+        for row, listed in zip(rows, names, strict=True):
+            values = row[1 + 3 * microbatches :].tolist()
+            for name, value in zip(listed, values[: len(listed)], strict=True):
+                if name not in tied:
+                    norms.setdefault(name, value)
+        squares = [norms[name] ** 2 for name in sorted(norms) if norms[name] != _NO_GRADIENT]
+        snapshot = min(int(row[0].item()) for row in rows)
+        return Gathered(
+            math.fsum(losses) / math.fsum(counts),
+            math.fsum(counts),
+            int(math.fsum(tokens)),
+            math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf,
+            snapshot if snapshot >= 0 else NO_STEP,
+        )
+
+
+def _merge(rows: list[torch.Tensor]) -> list[float]:
+    """Each position's value from the rank that knows it (the others hold nan)."""
+    stacked = torch.stack(rows)
+    merged = stacked[0].clone()
+    for row in stacked[1:]:
+        merged = torch.where(torch.isnan(merged), row, merged)
+    values: list[float] = merged.tolist()
+    return values

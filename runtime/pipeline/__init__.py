@@ -1,0 +1,1 @@
+"""The pipeline engine: planner (pure), executor, dyadic gradient sum."""

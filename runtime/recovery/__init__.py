@@ -1,0 +1,1 @@
+"""Recovery decisions: which step to resume from, and from which source."""

@@ -1,0 +1,120 @@
+"""Which step a generation resumes from, decided as a pure function over what its members report.
+
+    reports: live step, steps held by each host's snapshot manager ──▶ decide_resume ──▶ Resume | Impossible
+
+Presumed commit: step s counts when every piece of the state after s exists somewhere, so s can be resumed
+from when for each *replica set* (ranks that host the same units)
+
+    some member is live at s     (the others copy it, or their own snapshot), or
+    every owner's snapshot of s is whole: state replicated over n ranks is snapshotted 1/n by each.
+
+The newest such step wins: nobody redoes more than needed, and a step that some rank already applied is
+either kept by all or redone by all. Nothing here reads a clock or a socket. Invariants:
+
+* the chosen step is one that every rank can reach exactly;
+* it is never newer than the newest step that anybody reported;
+* same reports, same answer, whatever their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from holdfast.proto.ids import NO_STEP
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one rank says when it joins: `peers` are the ranks that host the same units, itself included."""
+
+    rank: int
+    live_step: int
+    peers: tuple[int, ...]
+    held: Mapping[int, frozenset[int]]
+    """Slot -> steps wholly copied there, of the snapshot manager of this rank's host."""
+
+
+Rung = Literal["live", "snapshot", "peer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a rank gets its state: its own memory, the snapshot managers, or the memory of rank `peer`."""
+
+    rung: Rung
+    peer: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Resume from the state after `step`. `fresh`: nobody has any state, start from the initial one."""
+
+    step: int
+    fresh: bool = False
+    sources: Mapping[int, Source] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Impossible:
+    """No step is complete; `missing` names, for the newest step seen, the ranks without a source."""
+
+    newest: int
+    missing: tuple[int, ...]
+
+
+def held_everywhere(reports: Sequence[Report]) -> dict[int, frozenset[int]]:
+    """Slot -> steps held by any host."""
+    held: dict[int, frozenset[int]] = {}
+    for report in reports:
+        for slot, steps in report.held.items():
+            held[slot] = held.get(slot, frozenset()) | steps
+    return held
+
+
+def ranks_without_source(reports: Sequence[Report], step: int) -> tuple[int, ...]:
+    """Ranks that could not get the state after `step` from anywhere."""
+    held = held_everywhere(reports)
+    live = {report.rank for report in reports if report.live_step == step}
+    return tuple(
+        sorted(
+            report.rank
+            for report in reports
+            if not live & set(report.peers)
+            and not all(step in held.get(peer, frozenset()) for peer in report.peers)
+        )
+    )
+
+
+def choose_sources(reports: Sequence[Report], step: int) -> dict[int, Source]:
+    """Cheapest source of the state after `step` for each rank: own memory, snapshot, a live replica.
+
+    A snapshot costs one copy within a host, a replica's memory a transfer; replicas are taken in turn, so
+    that several losers of one stage do not all load the same survivor.
+    """
+    held = held_everywhere(reports)
+    live = {report.rank for report in reports if report.live_step == step}
+    sources: dict[int, Source] = {}
+    for turn, report in enumerate(sorted(reports, key=lambda report: report.rank)):
+        peers = sorted(live & set(report.peers))
+        if report.rank in live:
+            sources[report.rank] = Source("live")
+        elif all(step in held.get(peer, frozenset()) for peer in report.peers):
+            sources[report.rank] = Source("snapshot")
+        else:
+            sources[report.rank] = Source("peer", peers[turn % len(peers)])
+    return sources
+
+
+def decide_resume(reports: Sequence[Report]) -> Resume | Impossible:
+    """Newest step that every rank can reach exactly, or why there is none."""
+    steps = {report.live_step for report in reports} - {NO_STEP}
+    steps |= {step for kept in held_everywhere(reports).values() for step in kept}
+    if not steps:
+        return Resume(0, fresh=True)
+    for step in sorted(steps, reverse=True):
+        if not ranks_without_source(reports, step):
+            return Resume(step, sources=choose_sources(reports, step))
+    newest = max(steps)
+    return Impossible(newest, ranks_without_source(reports, newest))

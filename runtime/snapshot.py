@@ -1,0 +1,321 @@
+"""Copies a rank's state after every committed step into its host's snapshot manager, behind the next step.
+
+    commit of s ▸ begin(s): metadata and buffers at once, the rest in the copy thread ──┐ overlaps the
+    next forward/backward ...                                                            │ next step
+    fence(): before the barrier of s+1, wait until the copy of s is whole  ◀─────────────┘
+    committed_everywhere(s): every rank has s whole, so the half that holds s-1 may be overwritten
+
+Parameters and moments change only inside optimizer.step(), so a copy between two of them is consistent
+without copy-on-write. State that is replicated over n ranks is copied 1/n by each. Trouble with the manager
+never reaches training: the snapshot is skipped and counted, and the arenas are offered again to the next
+manager. Invariants:
+
+* a half is overwritten only when every rank has a newer step whole;
+* a half is FILLING before its first byte changes, and COPIED only after its last one is in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from holdfast.ckpt.memory import metadata as blob
+from holdfast.ckpt.memory.arena import ArenaEntry, arena_bytes
+from holdfast.ckpt.memory.client import MappedHalf, SmpClient
+from holdfast.ckpt.pieces import assign_owners
+from holdfast.proto.errors import ConfigError, HoldfastError, PeerLost, SnapshotError, SnapshotIncomplete
+from holdfast.proto.ids import NO_STEP
+
+from .member import Formed
+from .state import Entry
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .recovery.rejoin import Session
+
+log = logging.getLogger(__name__)
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One job of the copy thread."""
+
+    step: int
+    half: int
+    entries: list[Entry]
+    metadata: Any
+    mark: Any
+
+
+class Snapshots:
+    """Snapshots of one rank. Main thread only; the copy thread is inside."""
+
+    def __init__(self, engine: Engine, session: Session) -> None:
+        identity = session.identity
+        self._engine = engine
+        self._session = session
+        self._slot = identity.rank
+        self._enabled = identity.snapshots and bool(identity.smp)
+        self._client: SmpClient | None = None
+        self._halves: dict[int, MappedHalf] = {}
+        self._steps = {0: NO_STEP, 1: NO_STEP}  # what each half holds whole
+        self._committed = NO_STEP
+        self._jobs: SimpleQueue[_Copy | None] = SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._opened: list[MappedHalf] = []
+        self.skipped = 0
+        if self._enabled:
+            self._connect()
+            threading.Thread(target=self._copy_loop, name="holdfast-snapshot", daemon=True).start()
+
+    @property
+    def newest(self) -> int:
+        """Newest step wholly copied; a big number when snapshots are off, so that nobody waits for us."""
+        return max(self._steps.values()) if self._enabled else NO_STEP
+
+    def committed_everywhere(self, step: int) -> None:
+        """Every rank holds `step` whole."""
+        self._committed = max(self._committed, step)
+
+    # ---- every step ---------------------------------------------------------------------------------
+
+    def begin(self, step: int) -> None:
+        """Start the copy of the state after `step`. Never waits; skips when no half is free."""
+        if not self._enabled:
+            return
+        half = self._free_half()
+        if half is None:
+            self._skip(f"no half is free: step {max(self._steps.values())} is not whole everywhere")
+            return
+        entries = self._owned(self._engine.state.entries())
+        meta, extra = blob.encode(self._engine.metadata(), is_tensor=lambda v: isinstance(v, torch.Tensor))
+        entries += [Entry(path, "extra", _as_cpu(tensor)) for path, tensor in extra]
+        self._steps[half] = NO_STEP
+        self._idle.clear()
+        early = {i: e.tensor.clone() for i, e in enumerate(entries) if e.early}
+        entries = [Entry(e.name, e.state, early.get(i, e.tensor)) for i, e in enumerate(entries)]
+        self._jobs.put(_Copy(step, half, entries, meta, self._engine.device.mark()))
+
+    def fence(self) -> None:
+        """Wait until the copy under way is whole: the optimizer is about to change what it reads."""
+        self._idle.wait()
+
+    settle = fence
+
+    def _free_half(self) -> int | None:
+        """The half to overwrite: an empty one, else the older one if the newer is whole everywhere."""
+        older = min(self._steps, key=lambda half: self._steps[half])
+        newer = self._steps[1 - older]
+        if self._steps[older] == NO_STEP or self._committed >= newer:
+            return older
+        return None
+
+    def _owned(self, entries: list[Entry]) -> list[Entry]:
+        """This rank's share of what its replicas hold too."""
+        peers = self._engine.peers()
+        if len(peers) == 1:
+            return entries
+        sizes: dict[str, int] = {}
+        for entry in entries:
+            sizes[entry.name] = sizes.get(entry.name, 0) + entry.tensor.numel() * entry.tensor.element_size()
+        owners = assign_owners(sizes, peers)
+        return [entry for entry in entries if owners[entry.name] == self._slot]
+
+    def _skip(self, reason: str) -> None:
+        self.skipped += 1
+        log.warning("snapshot skipped: %s", reason)
+
+    # ---- the copy thread ----------------------------------------------------------------------------
+
+    def _copy_loop(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._copy(job)
+                self._steps[job.half] = job.step
+                self._session.lease.snapshot(job.step, self.skipped)
+            except (PeerLost, SnapshotError, OSError) as error:
+                self._skip(str(error))
+                self._reconnect()
+            finally:
+                del job
+                self._idle.set()
+
+    def _copy(self, job: _Copy) -> None:
+        """Fill a half: FILLING, bytes, COPIED."""
+        arena_entries = [
+            ArenaEntry(e.name, e.state, DTYPES[e.tensor.dtype], tuple(e.tensor.shape), 0, e.tensor.numel())
+            for e in job.entries
+        ]
+        mapped = self._arena(job.half, arena_entries, job.metadata)
+        half = mapped.half
+        digest = bytes.fromhex(self._engine.plan.digest())
+        placed = half.begin(job.step, digest, self._session.identity.incarnation, arena_entries, job.metadata)
+        targets = [
+            _view(half.view(entry), e.tensor) for entry, e in zip(placed, job.entries, strict=True) if e.tensor.numel()
+        ]
+        sources = [e.tensor for e in job.entries if e.tensor.numel()]
+        middle = len(sources) // 2
+        self._engine.device.copy_to_host(targets[:middle], sources[:middle], job.mark)
+        self._engine.injector.at("snapshot", job.step)
+        self._engine.device.copy_to_host(targets[middle:], sources[middle:], job.mark)
+        half.finish()
+        self._need_client().copied(self._slot, job.half, job.step)
+
+    def _arena(self, index: int, entries: list[ArenaEntry], metadata: Any) -> MappedHalf:
+        """The mapping of one half, big enough; the manager makes (and fills with pages) what is missing."""
+        needed = arena_bytes(entries, metadata)
+        mapped = self._halves.get(index)
+        if mapped is None or mapped.nbytes < needed:
+            if mapped is not None:
+                mapped.close()
+            mapped = self._halves[index] = self._need_client().arena(self._slot, index, needed)
+        return mapped
+
+    # ---- the manager --------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        identity = self._session.identity
+        self._client = SmpClient(
+            identity.smp,
+            job=identity.job,
+            token=identity.token,
+            role="rank",
+            rank=identity.rank,
+            incarnation=identity.incarnation,
+            timeout_s=_TIMEOUT_S,
+        )
+
+    def _need_client(self) -> SmpClient:
+        if self._client is None:
+            self._connect()
+        assert self._client is not None
+        return self._client
+
+    def _reconnect(self) -> None:
+        """The manager is gone or confused: offer it (or its successor) the arenas that we still map."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        try:
+            client = self._need_client()
+            for index, mapped in self._halves.items():
+                if self._steps[index] != NO_STEP:
+                    client.adopt(self._slot, index, mapped)
+        except (PeerLost, SnapshotError, ConfigError) as error:
+            log.warning("no snapshot manager: %s", error)
+            self._client = None
+
+    # ---- recovery -----------------------------------------------------------------------------------
+
+    def held(self) -> dict[int, list[int]]:
+        """Slot -> steps that this host's manager holds whole."""
+        if not self._enabled:
+            return {}
+        try:
+            listed = self._need_client().list()
+        except (PeerLost, SnapshotError) as error:
+            log.warning("no snapshot manager: %s", error)
+            self._reconnect()
+            return {self._slot: sorted(step for step in self._steps.values() if step != NO_STEP)}
+        held: dict[int, list[int]] = {}
+        for half in listed:
+            if half.state in ("COPIED", "SEALED"):
+                held.setdefault(half.slot, []).append(half.step)
+                if half.slot == self._slot:
+                    self._steps[half.half] = half.step
+        return held
+
+    def restore(self, formed: Formed) -> list[tuple[str, int, int]]:
+        """Make the engine's state that after formed.resume_step; sources as (rung, bytes, pieces).
+
+        Raises SnapshotIncomplete or SnapshotCorrupt when the snapshot that was decided on is not there.
+        """
+        step, engine = formed.resume_step, self._engine
+        sources = []
+        rung = formed.sources[self._slot].rung
+        if rung == "live":
+            sources.append(("live", 0, 0))
+        elif rung == "peer":
+            return []  # state comes over the group; see recovery/peer.py
+        else:
+            tensors, meta, size = self._read(step)
+            engine.load(step, tensors, meta)
+            sources.append(("snapshot", size, len(tensors)))
+            tensors.clear()
+            for mapped in self._opened:
+                mapped.close()
+            self._opened.clear()
+        return sources
+
+    def resumed(self, step: int) -> None:
+        """The generation trains on from `step`: forget what is newer, and keep this step if nobody does."""
+        self._committed = min(self._committed, step)
+        for index, kept in self._steps.items():
+            if kept > step:
+                self._steps[index] = NO_STEP  # of a history that is being redone
+        if self._enabled and step not in self._steps.values():
+            self.begin(step)
+
+    def _read(self, step: int) -> tuple[dict[tuple[str, str], torch.Tensor], Any, int]:
+        """Tensors of this rank's units after `step` (views of the arenas), and its own metadata."""
+        client, engine = self._need_client(), self._engine
+        where = {half.slot: half.half for half in client.list() if half.step == step}
+        tensors: dict[tuple[str, str], torch.Tensor] = {}
+        meta: Any = None
+        size = 0
+        for peer in engine.peers():
+            if peer not in where:
+                raise SnapshotIncomplete("no whole snapshot", step=step, slot=peer)
+            mapped = client.open(peer, where[peer])
+            self._opened.append(mapped)
+            half = mapped.half
+            table = half.read(step, bytes.fromhex(engine.plan.digest()))
+            half.verify()
+            extra = []
+            for entry in table.entries:
+                tensor = _tensor(half.view(entry), entry.dtype, entry.shape)
+                size += entry.nbytes
+                if entry.state == "extra":
+                    extra.append(tensor)
+                else:
+                    tensors[(entry.name, entry.state)] = tensor
+            if peer == self._slot:
+                meta = blob.decode(table.metadata, [tensor.clone() for tensor in extra])
+        return tensors, meta, size
+
+
+def _tensor(view: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over arena memory (shared, not copied)."""
+    if not view.nbytes:
+        return torch.empty(shape, dtype=_TORCH[dtype])
+    return torch.frombuffer(view, dtype=_TORCH[dtype]).view(shape)
+
+
+def _view(view: memoryview, like: torch.Tensor) -> torch.Tensor:
+    return torch.frombuffer(view, dtype=like.dtype).view(like.shape)
+
+
+def _as_cpu(tensor: Any) -> torch.Tensor:
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.detach().cpu().clone()

@@ -1,0 +1,243 @@
+"""A rank's training state, named: modules by unit, parameters, optimizer, scheduler, and their entries.
+
+    name   "3.attn.wq.weight"     unit index, then the parameter's path in its module
+    state  "weight", "buffer", or the optimizer's own key ("exp_avg", "step", ...)
+
+Building is layout-independent: each unit is built (if given as a factory) under generators seeded from
+(seed, unit), so a rank builds only its own units and gets what any other layout would have got. Optimizer
+state is read and written per parameter, so it can move with its layer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from holdfast.proto.errors import ConfigError
+
+from . import rng
+from .pipeline.exchange import Tie
+
+LayerSpec = nn.Module | Callable[[], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the state. `early`: may change before the next optimizer step (module buffers)."""
+
+    name: str
+    state: str
+    tensor: torch.Tensor
+    early: bool = False
+
+
+def build_unit(layer: LayerSpec, unit: int, seed: int, device: torch.device) -> nn.Module:
+    """The module of a unit, on its device. Factories run under generators seeded by (seed, unit)."""
+    if isinstance(layer, nn.Module):
+        return layer.to(device)
+    value = rng.key(seed, 0x1A7E5, unit)
+    python, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(value)
+    np.random.seed(value & 0xFFFF_FFFF)
+    try:
+        with rng.preserved(device):
+            rng.seed_device(device, value)
+            module = layer()
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"layer {unit} is neither a module nor a function that returns one", got=type(module))
+    return module.to(device)
+
+
+def check_layers(layers: Sequence[Any]) -> list[LayerSpec]:
+    """The user's ordered list of layers. Raises ConfigError naming the first that is none."""
+    listed = list(layers)
+    for unit, layer in enumerate(listed):
+        if not isinstance(layer, nn.Module) and not callable(layer):
+            raise ConfigError(
+                f"layers[{unit}] is a {type(layer).__qualname__}; give nn.Modules or functions that return one"
+            )
+    return listed
+
+
+def find_ties(layers: Sequence[LayerSpec], modules: Mapping[int, nn.Module]) -> list[Tie]:
+    """Ties declared by a module (`holdfast_ties = {"name": (unit, "name")}`) or by a shared Parameter.
+
+    Declarations are read from every layer given as a module and from the hosted ones; a factory may carry
+    the attribute too, so that ranks that do not host the unit know of the tie.
+    """
+    ties: set[tuple[int, str, int, str]] = set()
+    owners: dict[int, tuple[int, str]] = {}
+    for unit, layer in enumerate(layers):
+        source = modules.get(unit, layer)
+        declared = getattr(layer, "holdfast_ties", None) or getattr(source, "holdfast_ties", None) or {}
+        for name, (other, other_name) in declared.items():
+            ties.add((other, other_name, unit, name))
+        if isinstance(layer, nn.Module):
+            for name, parameter in layer.named_parameters():
+                first = owners.setdefault(id(parameter), (unit, name))
+                if first[0] != unit:
+                    ties.add((*first, unit, name))
+    return [Tie(*tie) for tie in sorted(ties)]
+
+
+class ModelState:
+    """Everything of a rank that an optimizer step changes, by name."""
+
+    def __init__(
+        self,
+        modules: Mapping[int, nn.Module],
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+        user: Mapping[str, Any],
+    ) -> None:
+        self.modules = dict(sorted(modules.items()))
+        self.parameters: dict[tuple[int, str], nn.Parameter] = {
+            (unit, name): parameter
+            for unit, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.by_unit: dict[int, list[nn.Parameter]] = {
+            unit: [p for (u, _), p in self.parameters.items() if u == unit] for unit in self.modules
+        }
+        self._names = {id(p): f"{unit}.{name}" for (unit, name), p in self.parameters.items()}
+        everything = list(self.parameters.values())
+        self.optimizer = optimizer(everything) if everything else None
+        self.scheduler = scheduler(self.optimizer) if scheduler is not None and self.optimizer is not None else None
+        self._user = dict(user)
+        for name, value in self._user.items():
+            if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+                raise ConfigError(
+                    f"state[{name!r}] has no state_dict and load_state_dict", got=type(value).__qualname__
+                )
+
+    # ---- capture ------------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        """Every tensor of the state, in a fixed order."""
+        found = []
+        for unit, module in self.modules.items():
+            for name, parameter in module.named_parameters():
+                found.append(Entry(f"{unit}.{name}", "weight", parameter.detach()))
+                if parameter.requires_grad and self.optimizer is not None:
+                    kept = self.optimizer.state.get(parameter, {})
+                    found += [
+                        Entry(f"{unit}.{name}", str(key), value)
+                        for key, value in kept.items()
+                        if isinstance(value, torch.Tensor)
+                    ]
+            found += [
+                Entry(f"{unit}.{name}", "buffer", buffer, early=True) for name, buffer in _persistent(module)
+            ]
+        return found
+
+    def metadata(self) -> dict[str, Any]:
+        """Everything of the state that is not an entry, as capturable values."""
+        meta: dict[str, Any] = {"user": {name: value.state_dict() for name, value in self._user.items()}}
+        if self.optimizer is not None:
+            meta["groups"] = [
+                {
+                    **{key: value for key, value in group.items() if key not in ("params", "param_names")},
+                    "names": [self._names[id(p)] for p in group["params"]],
+                }
+                for group in self.optimizer.param_groups
+            ]
+            meta["scalars"] = {
+                self._names[id(p)]: {k: v for k, v in kept.items() if not isinstance(v, torch.Tensor)}
+                for p, kept in self.optimizer.state.items()
+                if id(p) in self._names
+            }
+        if self.scheduler is not None:
+            meta["scheduler"] = self.scheduler.state_dict()
+        return meta
+
+    # ---- restore ------------------------------------------------------------------------------------
+
+    def load(self, tensors: Mapping[tuple[str, str], torch.Tensor], metadata: Mapping[str, Any]) -> None:
+        """Put a captured state in place. `tensors` maps (name, state) to tensors, which are copied.
+
+        Raises ConfigError if a tensor is missing: the snapshot is of another model.
+        """
+        with torch.no_grad():
+            for unit, module in self.modules.items():
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(self._need(tensors, f"{unit}.{name}", "weight"))
+                for name, buffer in _persistent(module):
+                    buffer.copy_(self._need(tensors, f"{unit}.{name}", "buffer"))
+        if self.optimizer is not None:
+            self._load_optimizer(tensors, metadata)
+        if self.scheduler is not None and "scheduler" in metadata:
+            self.scheduler.load_state_dict(metadata["scheduler"])
+        for name, value in self._user.items():
+            value.load_state_dict(metadata["user"][name])
+
+    def _load_optimizer(
+        self, tensors: Mapping[tuple[str, str], torch.Tensor], metadata: Mapping[str, Any]
+    ) -> None:
+        assert self.optimizer is not None
+        by_name: dict[str, dict[str, torch.Tensor]] = {}
+        for (name, state), tensor in tensors.items():
+            if state not in ("weight", "buffer"):
+                by_name.setdefault(name, {})[state] = tensor
+        scalars = metadata.get("scalars", {})
+        for (unit, path), parameter in self.parameters.items():
+            name = f"{unit}.{path}"
+            old = self.optimizer.state.get(parameter, {})
+            kept: dict[str, Any] = dict(scalars.get(name, {}))
+            for key, tensor in by_name.get(name, {}).items():
+                current = old.get(key)
+                if isinstance(current, torch.Tensor) and current.shape == tensor.shape:
+                    kept[key] = current.copy_(tensor)
+                else:
+                    # Adam keeps `step` on the CPU whatever the parameter's device.
+                    device = parameter.device if tensor.shape == parameter.shape else torch.device("cpu")
+                    kept[key] = tensor.clone().to(device)
+            if kept:
+                self.optimizer.state[parameter] = kept
+            else:
+                self.optimizer.state.pop(parameter, None)
+        for group, saved in zip(self.optimizer.param_groups, metadata.get("groups", []), strict=False):
+            group.update({key: value for key, value in saved.items() if key != "names"})
+
+    @staticmethod
+    def _need(tensors: Mapping[tuple[str, str], torch.Tensor], name: str, state: str) -> torch.Tensor:
+        tensor = tensors.get((name, state))
+        if tensor is None:
+            raise ConfigError(f"the snapshot has no {state} of {name}: it is of another model")
+        return tensor
+
+    def apply_gradients(self, gradients: Mapping[tuple[int, str], torch.Tensor | None]) -> None:
+        """Set the gradients, step the optimizer and the scheduler, clear the gradients."""
+        if self.optimizer is None:
+            return
+        for key, gradient in gradients.items():
+            self.parameters[key].grad = gradient
+        self.optimizer.step()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def names(self) -> list[str]:
+        """Names of the trained parameters hosted here, in order."""
+        return [f"{unit}.{name}" for unit, name in self.parameters]
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group; nan without parameters."""
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else float("nan")
+
+
+def _persistent(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the state: those that state_dict would save."""
+    kept = module.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
