@@ -55,7 +55,9 @@ class Rank:
 
         def collect() -> None:
             keys = [f"0/{rank}" for rank in range(self.world_size)]
-            group.deliver({key: self.store.get(prefix + key) for key in keys})
+            # A client of its own: one client serialises, and a get that waits would hold up every set.
+            store = self.store.clone()
+            group.deliver({key: store.get(prefix + key) for key in keys})
 
         group = Group(
             generation=generation,

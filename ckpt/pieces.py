@@ -60,7 +60,9 @@ class Piece:
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
-            raise ConfigError("a dtype that cannot be kept", name=self.name, state=self.state, dtype=self.dtype)
+            raise ConfigError(
+                "a dtype that cannot be kept", name=self.name, state=self.state, dtype=self.dtype
+            )
         if any(length < 0 for length in self.shape) or not 0 <= self.start <= self.stop <= self.elements:
             raise ConfigError(
                 "a piece outside of its tensor",

@@ -211,6 +211,7 @@ class Host:
         """End everything; harmless to repeat. The ranks must have ended: the agent socket is their lifeline."""
         if self._closed:
             return
+        self._closed = True
         with contextlib.ExitStack() as stack:
             # Run in reverse order, each whatever the others do.
             stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
@@ -222,7 +223,6 @@ class Host:
                 stack.callback(self._session.close)
             if self._loop is not None:
                 stack.callback(self._loop.stop)
-        self._closed = True
 
 
 class HoldfastAgent(LocalElasticAgent):
@@ -250,15 +250,13 @@ class HoldfastAgent(LocalElasticAgent):
             group_rank = int(worker_group.group_rank or 0)
             world_size = int(worker_group.workers[0].world_size)
             self._host = Host(self._options, worker_group.store, group_rank, world_size, python)
-        with _environment(self._host.environment(self._epoch)):
+        supervisor, ours = self._host.supervisor, self._host.environment(self._epoch)
+        with supervisor.locked(), _environment(ours):
             pids: dict[int, Any] = super()._start_workers(worker_group)
-        context = self._pcontext
-        if isinstance(context, SubprocessContext):
-            programs = {
-                local_rank: self._program(context, local_rank, self._host.environment(self._epoch))
-                for local_rank in pids
-            }
-            self._host.supervisor.attach(context.subprocess_handlers, worker_group.workers, programs, self._epoch)
+            context = self._pcontext
+            if isinstance(context, SubprocessContext):
+                programs = {local_rank: self._program(context, local_rank, ours) for local_rank in pids}
+                supervisor.attach(context.subprocess_handlers, worker_group.workers, programs, self._epoch)
         self._epoch += 1
         return pids
 
@@ -296,7 +294,10 @@ class HoldfastAgent(LocalElasticAgent):
                 return RunResult(state=WorkerState.HEALTHY)
             if view.managed:
                 self._remaining_restarts = 0  # replacing was our restart: what is lost now is lost
-            return super()._monitor_workers(worker_group)  # type: ignore[no-any-return]
+            result = super()._monitor_workers(worker_group)
+            if result.state is not WorkerState.HEALTHY:
+                supervisor.freeze()  # torch has ended the others: a hello that comes now changes nothing
+            return result  # type: ignore[no-any-return]
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         if self._host is not None:

@@ -156,7 +156,9 @@ def decide_replacement(rank: int, deaths: Sequence[Death], used: int, budget: in
     if len(own) == SAME_STEP_DEATHS and own[0].best_step == own[-1].best_step and not deaths[-1].injected:
         reasons = ", ".join(death.reason for death in own)
         after = f"after step {own[0].best_step}" if own[0].best_step >= 0 else "before the first step"
-        return Refuse(f"rank {rank} died {len(own)} times {after} with no step committed in between ({reasons})")
+        return Refuse(
+            f"rank {rank} died {len(own)} times {after} with no step committed in between ({reasons})"
+        )
     return Replace()
 
 

@@ -78,6 +78,11 @@ class AgentSocket:
         for connection in [c for c in self._connections if c.local_rank == local_rank]:
             self._drop(connection)
 
+    def drain(self, local_rank: int) -> None:
+        """Handle what a slot's process has sent so far."""
+        for connection in [c for c in self._connections if c.local_rank == local_rank]:
+            self._read(connection)
+
     def close(self) -> None:
         """Close everything (any thread, once the loop has stopped)."""
         self._listener.close()
@@ -104,7 +109,7 @@ class AgentSocket:
 
     def _read(self, connection: Connection) -> None:
         try:
-            data = connection.socket.recv(LINE_LIMIT)
+            data = connection.socket.recv(LINE_LIMIT, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:

@@ -89,7 +89,14 @@ class Coordinator:
     def begin(self) -> None:
         """Start the process."""
         reading, writing = os.pipe2(os.O_CLOEXEC)
-        command = [sys.executable, "-m", "holdfast.launcher.coordinator", "--bind", self._bind, *self._command]
+        command = [
+            sys.executable,
+            "-m",
+            "holdfast.launcher.coordinator",
+            "--bind",
+            self._bind,
+            *self._command,
+        ]
         try:
             with self._log.open("ab") as log:
                 self._proc = subprocess.Popen(

@@ -33,9 +33,7 @@ _OPTIONS: Final = (
 class CoordinatorSession:
     """See the module's docstring. Every method may be called from any thread."""
 
-    def __init__(
-        self, *, host: str, token: str, world_size: int, on_order: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, *, host: str, token: str, world_size: int, on_order: Callable[[Any], None]) -> None:
         self._host = host
         self._token = token
         self._world_size = world_size
@@ -126,12 +124,16 @@ class CoordinatorSession:
         with contextlib.suppress(Empty):
             while True:
                 unsent.append(self._outbox.get_nowait())
-        unsent = [message for message in unsent if message is not None and message.WhichOneof("body") != "hello"]
+        unsent = [
+            message for message in unsent if message is not None and message.WhichOneof("body") != "hello"
+        ]
         # A rank with news tells its story in order (its death, then its replacement); the others are listed.
         news = {getattr(message, message.WhichOneof("body")).rank for message in unsent}
         ranks = [started for rank, started in sorted(self._live.items()) if rank not in news]
         outbox: SimpleQueue[Any] = SimpleQueue()
-        outbox.put(pb.AgentMessage(hello=pb.AgentHello(host=self._host, ranks=ranks, world_size=self._world_size)))
+        outbox.put(
+            pb.AgentMessage(hello=pb.AgentHello(host=self._host, ranks=ranks, world_size=self._world_size))
+        )
         told = [pb.AgentMessage(exited=exited) for rank, exited in self._finished.items() if rank not in news]
         for message in unsent + told:
             outbox.put(message)

@@ -184,5 +184,7 @@ class StandbyPool:
         if self._starts < ZYGOTE_STARTS:
             self._loop.later(1.0, self.start)
         else:
-            print("[holdfast] the zygote keeps failing: replacements start as fresh processes", file=sys.stderr)
+            print(
+                "[holdfast] the zygote keeps failing: replacements start as fresh processes", file=sys.stderr
+            )
         self._on_change()

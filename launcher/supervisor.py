@@ -3,8 +3,8 @@
     torch's main thread ── attach, view, freeze, close ──▶ ┌────────────┐ ◀── agent socket, watcher tick
     coordinator session ── orders ──────────────────────▶ │ Supervisor │ ──▶ zygote, coordinator, session
                                                            └────────────┘
-Everything but the four calls of the main thread runs in the loop's thread. One lock guards what both threads
-see: torch's handler table and worker ids. Invariants:
+Everything but the four calls of the main thread runs in the loop's thread. One lock is held by both for the
+slots, torch's handler table and its worker ids. Invariants:
 
 * after `freeze` returns no process is put into a slot any more: shutdown never races a replacement;
 * a lost process is fenced (killed, its connection closed, its lease page dropped) before its slot is given away;
@@ -14,6 +14,7 @@ see: torch's handler table and worker ids. Invariants:
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ from holdfast.proto.lease import Word
 from .detector import Death, Health, Limits, Refuse, Verdict, decide_replacement
 from .link import AgentSocket, Welcome
 from .loop import Loop
-from .processes import AdoptedProcess, RankHandler, kill_sessions, reap_orphans, spawn_rank
+from .processes import RankHandler, kill_sessions, reap_orphans, spawn_rank
 from .session import CoordinatorSession
 from .standby import StandbyPool
 from .watcher import TICK_S, Page, Slot, State, Watcher, exit_fields
@@ -121,7 +122,9 @@ class Supervisor:
             pool.start()
         self._loop.later(HOUSEKEEPING_S, self._housekeep)
 
-    def attach(self, handlers: dict[int, Any], workers: list[Any], programs: dict[int, Program], epoch: int) -> None:
+    def attach(
+        self, handlers: dict[int, Any], workers: list[Any], programs: dict[int, Program], epoch: int
+    ) -> None:
         """torch has started (or restarted) all ranks; `epoch` is their common incarnation."""
         with self._lock:
             self._torch = Torch(handlers, workers)
@@ -173,13 +176,14 @@ class Supervisor:
     # ---- ranks --------------------------------------------------------------------------------------
 
     def _on_hello(self, rank: int, incarnation: int, pid: int) -> Welcome | None:
-        for slot in self._watcher.slots.values():
-            if (slot.rank, slot.incarnation, slot.state) == (rank, incarnation, State.RUNNING):
-                if not self._managed:
-                    self._managed = True
-                    self._loop.every(TICK_S, self._tick)
-                slot.hello = True
-                return Welcome(slot.local_rank, {"coordinator": self.coordinator}, slot.page.fd)
+        with self._lock:  # held while torch starts the ranks: a quick one is not refused, it waits
+            for slot in self._watcher.slots.values():
+                if (slot.rank, slot.incarnation, slot.state) == (rank, incarnation, State.RUNNING):
+                    if not self._managed:
+                        self._managed = True
+                        self._loop.every(TICK_S, self._tick)
+                    slot.hello = True
+                    return Welcome(slot.local_rank, {"coordinator": self.coordinator}, slot.page.fd)
         return None
 
     def _on_message(self, local_rank: int, message: dict[str, Any]) -> None:
@@ -198,18 +202,22 @@ class Supervisor:
     def _tick(self) -> None:
         now_ns = time.monotonic_ns()
         self._watcher.advance(now_ns)
-        if self._frozen:
-            return
-        for slot, verdict in self._watcher.verdicts():
-            self._lost(slot, verdict, now_ns)
-        if self._waiting:
-            self._serve_waiting()
-        if self._refill is not None:
-            self._refill_if_due()
+        with self._lock:
+            if self._frozen or not self._managed:
+                return
+            for slot, verdict in list(self._watcher.verdicts()):
+                self._lost(slot, verdict, now_ns)
+            if self._waiting:
+                self._serve_waiting()
+            if self._refill is not None:
+                self._refill_if_due()
 
     def _lost(self, slot: Slot, verdict: Verdict, now_ns: int) -> None:
         """A slot's process is dead, dying, or about to be killed. The coordinator hears of it first of all."""
         assert self._link is not None
+        self._link.drain(slot.local_rank)  # what it said last may be why it ended
+        if self._stop is not None:
+            return
         self._session.exited(pb.RankExited(**exit_fields(slot, verdict, now_ns)))
         self._best_step = max([self._best_step, *(s.live_step for s in self._watcher.slots.values())])
         if verdict.health is Health.FINISHED:
@@ -231,14 +239,18 @@ class Supervisor:
     def _replace(self, slot: Slot) -> None:
         source = "standby"
         handler = self._from_standby(slot)
-        if handler is None and self._pool is not None and self._pool.warm and self._programs[slot.local_rank].python:
+        if (
+            handler is None
+            and self._pool is not None
+            and self._pool.warm
+            and self._programs[slot.local_rank].python
+        ):
             self._pool.refill(extra=len(self._waiting) + 1)
             self._waiting.append((slot, time.monotonic() + FORK_WAIT_S))
             return
         if handler is None:
             source, handler = "fresh", self._fresh(slot)
-        if handler is not None:
-            self._install(slot, handler, source)
+        self._install(slot, handler, source)
 
     def _serve_waiting(self) -> None:
         """Slots that wait for a fork get the standbys that have come, or a fresh process after the deadline."""
@@ -249,20 +261,18 @@ class Supervisor:
                 self._install(slot, handler, "standby")
             elif time.monotonic() < deadline and self._pool is not None and self._pool.warm:
                 self._waiting.append((slot, deadline))
-            elif (handler := self._fresh(slot)) is not None:
-                self._install(slot, handler, "fresh")
+            else:
+                self._install(slot, self._fresh(slot), "fresh")
 
     def _from_standby(self, slot: Slot) -> RankHandler | None:
         program = self._programs[slot.local_rank]
-        if program.python is None or self._pool is None or not self._pool.ready or self._frozen:
+        if program.python is None or self._pool is None or not self._pool.ready:
             return None
         argv, is_module = program.python
         assignment = Assignment(self._environment(slot), list(argv), is_module, os.getcwd())
         return self._pool.assign(slot.local_rank, assignment, stdout=program.stdout, stderr=program.stderr)
 
-    def _fresh(self, slot: Slot) -> RankHandler | None:
-        if self._frozen:
-            return None
+    def _fresh(self, slot: Slot) -> RankHandler:
         program = self._programs[slot.local_rank]
         environment = self._environment(slot)
         return spawn_rank(
@@ -276,14 +286,9 @@ class Supervisor:
     def _install(self, slot: Slot, handler: RankHandler, source: str) -> None:
         """Give the slot to the new process: in torch's tables, in ours, and in what others are told."""
         program = self._programs[slot.local_rank]
-        with self._lock:
-            if self._frozen:
-                handler.close()  # shutdown won: torch will not look for this one
-                self._sessions.add(handler.proc.pid)
-                return
-            old = self._torch.handlers[slot.local_rank]
-            self._torch.handlers[slot.local_rank] = handler
-            self._torch.workers[slot.local_rank].id = handler.proc.pid
+        old = self._torch.handlers[slot.local_rank]
+        self._torch.handlers[slot.local_rank] = handler
+        self._torch.workers[slot.local_rank].id = handler.proc.pid
         for log in (old._stdout, old._stderr):
             if log is not None:
                 log.close()
@@ -319,6 +324,11 @@ class Supervisor:
         self._loop.post(lambda: self._obey(order))
 
     def _obey(self, order: Any) -> None:
+        with self._lock:
+            if not self._frozen:
+                self._obey_locked(order)
+
+    def _obey_locked(self, order: Any) -> None:
         match order.WhichOneof("body"):
             case "kill":
                 slot = self._slot_of(order.kill.rank)
@@ -327,22 +337,25 @@ class Supervisor:
             case "inject":
                 self._inject(order.inject.rank, order.inject.kind)
             case "stop":
-                error = ConfigError if order.stop.exit_code == 2 else JobFailed
-                self._end_job(error(order.stop.reason))
+                refused = order.stop.exit_code == 2
+                self._end_job(ConfigError(order.stop.reason) if refused else JobFailed(order.stop.reason))
             case "recovered":
                 print(f"[holdfast] {order.recovered.line}", file=sys.stderr, flush=True)
 
     def _inject(self, rank: int, kind: str) -> None:
         slot = self._slot_of(rank)
         if slot is None or kind.upper() not in FaultKind.__members__:
-            print(f"[holdfast] fault {kind!r} for rank {rank} not injected: no such rank or kind", file=sys.stderr)
+            print(
+                f"[holdfast] fault {kind!r} for rank {rank} not injected: no such rank or kind",
+                file=sys.stderr,
+            )
             return
         slot.ordered = True
         fault = FaultKind[kind.upper()]
         if fault in (FaultKind.KILL, FaultKind.STOP):
             # From outside, as the kernel or an operator would: the detection is then the real one.
-            number = 9 if fault is FaultKind.KILL else 19
-            _signal(slot, number)
+            number = signal.SIGKILL if fault is FaultKind.KILL else signal.SIGSTOP
+            signal.pidfd_send_signal(slot.pidfd, number)
         else:
             slot.page.lease.set(Word.FAULT_ORDER, fault + 1)
 
@@ -358,8 +371,9 @@ class Supervisor:
 
     def on_pool_change(self) -> None:
         """A standby came or went."""
-        if self._waiting:
-            self._serve_waiting()
+        with self._lock:
+            if self._waiting and not self._frozen:
+                self._serve_waiting()
 
     def on_crash(self, error: BaseException) -> None:
         """A callback raised: a bug of ours. The job ends in order instead of hanging."""
@@ -370,7 +384,9 @@ class Supervisor:
         """Refill once the replaced rank has committed: until then the cores are for the recovery."""
         refill = self._refill
         assert refill is not None
-        committed = refill.slot.page.lease.get(Word.COMMIT_NS) != 0 or refill.slot.incarnation != refill.incarnation
+        committed = (
+            refill.slot.page.lease.get(Word.COMMIT_NS) != 0 or refill.slot.incarnation != refill.incarnation
+        )
         if committed or time.monotonic() - refill.since > REFILL_S:
             self._refill = None
             if self._pool is not None:
@@ -384,21 +400,17 @@ class Supervisor:
             self._pool.refill()
         waiting_ns = self._watcher.all_waiting_ns() if self._managed else 0
         if waiting_ns > QUIET_WAIT_NS and not self._quiet_told:
-            print(f"[holdfast] all ranks of {self._host} wait for peers since {waiting_ns // 10**9} s", file=sys.stderr)
+            print(
+                f"[holdfast] all ranks of {self._host} wait for peers since {waiting_ns // 10**9} s",
+                file=sys.stderr,
+            )
         self._quiet_told = waiting_ns > QUIET_WAIT_NS
 
     def _reap(self) -> None:
         known = [slot.proc.pid for slot in self._watcher.slots.values()] + self.service_pids
         known += [corpse.pid for corpse in self._corpses]
-        with self._lock:
-            known += [handler.proc.pid for handler in self._torch.handlers.values()]
+        known += [handler.proc.pid for handler in list(self._torch.handlers.values())]
         reap_orphans(known)
-
-
-def _signal(slot: Slot, number: int) -> None:
-    import signal
-
-    signal.pidfd_send_signal(slot.pidfd, number)
 
 
 def _keep_error_file(path: str, incarnation: int) -> None:
@@ -406,6 +418,3 @@ def _keep_error_file(path: str, incarnation: int) -> None:
     if path and path != os.devnull and os.path.exists(path):
         stem, extension = os.path.splitext(path)
         os.replace(path, f"{stem}.{incarnation}{extension}")
-
-
-__all__ = ["AdoptedProcess", "Program", "Supervisor", "View"]

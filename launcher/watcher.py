@@ -211,7 +211,9 @@ class Watcher:
     def all_waiting_ns(self) -> int:
         """For how long all running ranks of this host have been blocked on peers; 0 if one is not."""
         running = [slot for slot in self.slots.values() if slot.state is State.RUNNING]
-        if not running or not all(slot.hello and slot.phase is Phase.WAITING and not slot.done for slot in running):
+        if not running or not all(
+            slot.hello and slot.phase is Phase.WAITING and not slot.done for slot in running
+        ):
             return 0
         return self.clock_ns - max(slot.marks.progress_at_ns for slot in running)
 

@@ -26,9 +26,10 @@ import torch
 
 from holdfast.ckpt.memory import metadata as blob
 from holdfast.ckpt.memory.arena import ArenaEntry, arena_bytes
-from holdfast.ckpt.memory.client import MappedHalf, SmpClient
+from holdfast.ckpt.memory.client import SmpClient
+from holdfast.ckpt.memory.memfd import MappedHalf
 from holdfast.ckpt.pieces import assign_owners
-from holdfast.proto.errors import ConfigError, HoldfastError, PeerLost, SnapshotError, SnapshotIncomplete
+from holdfast.proto.errors import ConfigError, PeerLost, SnapshotError, SnapshotIncomplete
 from holdfast.proto.ids import NO_STEP
 
 from .member import Formed
@@ -172,7 +173,9 @@ class Snapshots:
         digest = bytes.fromhex(self._engine.plan.digest())
         placed = half.begin(job.step, digest, self._session.identity.incarnation, arena_entries, job.metadata)
         targets = [
-            _view(half.view(entry), e.tensor) for entry, e in zip(placed, job.entries, strict=True) if e.tensor.numel()
+            _tensor(half.view(entry), entry.dtype, entry.shape)
+            for entry, e in zip(placed, job.entries, strict=True)
+            if e.tensor.numel()
         ]
         sources = [e.tensor for e in job.entries if e.tensor.numel()]
         middle = len(sources) // 2
@@ -310,10 +313,6 @@ def _tensor(view: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tenso
     if not view.nbytes:
         return torch.empty(shape, dtype=_TORCH[dtype])
     return torch.frombuffer(view, dtype=_TORCH[dtype]).view(shape)
-
-
-def _view(view: memoryview, like: torch.Tensor) -> torch.Tensor:
-    return torch.frombuffer(view, dtype=like.dtype).view(like.shape)
 
 
 def _as_cpu(tensor: Any) -> torch.Tensor:

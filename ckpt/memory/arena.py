@@ -11,10 +11,10 @@
 
 A half is SEALED or CORRUPT only if the verdict is about the fill that STATE names. So each word has one
 writer and no compare-and-swap is needed: a verdict that comes late, when the next fill has begun, says
-nothing. `fill` counts the times this memory was begun. Opens no files, allocates nothing. Invariants:
+nothing. `fill` counts the times this memory was begun. Opens no files, takes no shared memory. Invariants:
 
-* STATE is FILLING before the first other byte of a fill changes, and COPIED after the last one: one
-  aligned 8-byte store each. A writer killed at any instruction leaves FILLING, or a whole older or newer step.
+* STATE is FILLING before the first other byte of a fill changes, and COPIED after the last one: one aligned
+  8-byte store each. A writer killed at any instruction leaves FILLING, or one whole step.
 * No length or offset from a header or table is used before it is checked against the real size of the
   mapping. What does not fit is refused; bytes are never reinterpreted.
 * Step, fill, plan and incarnation are in the digested table too, so that a flipped header bit is found.
@@ -22,16 +22,332 @@ nothing. `fill` counts the times this memory was begun. Opens no files, allocate
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import IntEnum
 from mmap import mmap
 from typing import Any, Final
 
-from holdfast.ckpt.pieces import Piece
-from holdfast.proto.errors import ConfigError, HoldfastError, SnapshotCorrupt, SnapshotIncomplete
+from holdfast.proto.errors import HoldfastError, SnapshotCorrupt, SnapshotError, SnapshotIncomplete
 
-from .digest import digest_of, digest_while
+from ..pieces import Piece
+from .digest import DIGEST_BYTES, digest_of, digest_while
+from .table import ALIGN_BYTES, HEADER_BYTES, ArenaEntry, Table, aligned, arena_bytes, layout, place
 
+__all__ = ["HEADER_BYTES", "RESTORABLE", "ArenaEntry", "Half", "State", "Table", "arena_bytes", "layout"]
+
+MAGIC: Final = b"HFARENA1"
+VERSION: Final = 1
+PLAN_DIGEST_BYTES: Final = 32
+_FILL_MAX: Final = (1 << 56) - 1
+_MASK: Final = 0xFFFF_FFFF_FFFF_FFFF
+
+
+class State(IntEnum):
+    """What a half holds."""
+
+    EMPTY = 0  # nothing was ever begun
+    FILLING = 1  # a rank writes, or died writing
+    COPIED = 2  # whole; not digested yet
+    SEALED = 3  # whole and digested
+    CORRUPT = 4  # its bytes are not those that were sealed, or its table is not what was copied
+
+
+RESTORABLE: Final = frozenset({State.COPIED, State.SEALED})
+
+
+class _Word(IntEnum):
+    """Index of each 8-byte word of the header."""
+
+    MAGIC = 0
+    VERSION = 1
+    STATE = 2
+    VERDICT = 3
+    STEP = 4  # two's complement
+    INCARNATION = 5
+    TABLE_OFFSET = 6
+    TABLE_BYTES = 7
+    DATA_OFFSET = 8
+    DATA_BYTES = 9
+    TABLE_DIGEST = 10  # two words
+    DATA_DIGEST = 12  # two words, written by the manager before VERDICT
+    JOB = 14  # two words
+    PLAN = 16  # four words
+
+
+class Half:
+    """One half over a mapping. The rank that owns the slot writes it, the manager judges it, anybody reads.
+
+    One thread at a time. Views that were handed out stay valid after release(), as long as they are kept.
+    """
+
+    def __init__(self, buffer: mmap | memoryview | bytearray, job: str, *, writable: bool = True) -> None:
+        self._bytes: Final = memoryview(buffer).cast("B")
+        if self._bytes.nbytes < HEADER_BYTES:
+            raise SnapshotCorrupt("smaller than a header", nbytes=self._bytes.nbytes)
+        self._words: Final = self._bytes[:HEADER_BYTES].cast("Q")
+        self._job = digest_of(job.encode())
+        self._writable = writable
+        self._filling = 0  # the STATE word of the fill begun through this object
+        self._placed: tuple[tuple[Piece, ...], tuple[ArenaEntry, ...], int] | None = None
+
+    # ---- everybody ------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the arena, header and slack included."""
+        return self._bytes.nbytes
+
+    @property
+    def state(self) -> State:
+        """What it holds now; CORRUPT for a state word that nobody writes."""
+        return self.peek()[0]
+
+    @property
+    def step(self) -> int:
+        """Step named by the header. Means something together with `state` only: see peek()."""
+        return self._signed(_Word.STEP)
+
+    def peek(self) -> tuple[State, int, int]:
+        """State, step and fill, all of the same fill, although a rank may write at this moment."""
+        while True:
+            word = self._words[_Word.STATE]
+            verdict = self._words[_Word.VERDICT]
+            step = self._signed(_Word.STEP)
+            if self._words[_Word.STATE] == word:
+                return _state(word, verdict), step, word >> 8
+
+    def release(self) -> None:
+        """Drop this object's own views, so that the mapping under it can be closed."""
+        self._words.release()
+        self._bytes.release()
+
+    def check(self) -> None:
+        """Raise SnapshotCorrupt unless this is an arena of our version and our job."""
+        magic = self._words[_Word.MAGIC].to_bytes(8, "little")
+        if magic != MAGIC:
+            raise SnapshotCorrupt("not an arena", magic=magic.hex())
+        if self._words[_Word.VERSION] != VERSION:
+            raise SnapshotCorrupt(
+                "an arena of another version", version=self._words[_Word.VERSION], ours=VERSION
+            )
+        if self._raw(_Word.JOB, DIGEST_BYTES) != self._job:
+            raise SnapshotCorrupt("an arena of another job")
+
+    # ---- writer -----------------------------------------------------------------------------------------
+
+    def begin(
+        self, step: int, plan_digest: bytes, incarnation: int, entries: Sequence[Piece], metadata: Any
+    ) -> tuple[ArenaEntry, ...]:
+        """Start a fill and return where each piece goes; write all of them, then finish().
+
+        Whatever can be refused is refused before the first store: until then the old step is whole.
+        From the FILLING store on, until finish(), there is nothing to restore here.
+        """
+        assert self._writable, "a half opened for reading is a private copy: a snapshot in it would be lost"
+        assert len(plan_digest) == PLAN_DIGEST_BYTES
+        self.check()
+        placed, data_end = self._place(entries)
+        fill = self._words[_Word.STATE] >> 8
+        if fill >= _FILL_MAX:
+            raise SnapshotCorrupt("a fill number that nobody reaches", fill=fill)
+        fill += 1
+        table = Table(step, fill, plan_digest, incarnation, placed, metadata).encoded()
+        offset = aligned(data_end, ALIGN_BYTES)
+        if offset + len(table) > self.nbytes:
+            raise SnapshotError(
+                "the arena is too small", needed_bytes=offset + len(table), nbytes=self.nbytes
+            )
+        words = self._words
+        self._filling = fill << 8 | State.FILLING
+        words[_Word.STATE] = self._filling
+        words[_Word.STEP] = step & _MASK
+        words[_Word.INCARNATION] = incarnation & _MASK
+        words[_Word.TABLE_OFFSET] = offset
+        words[_Word.TABLE_BYTES] = len(table)
+        words[_Word.DATA_OFFSET] = HEADER_BYTES
+        words[_Word.DATA_BYTES] = data_end - HEADER_BYTES
+        self._store(_Word.PLAN, plan_digest)
+        self._store(_Word.TABLE_DIGEST, digest_of(table))
+        self._bytes[offset : offset + len(table)] = table
+        return placed
+
+    def finish(self) -> None:
+        """Every byte is in place: the half is COPIED from this store on, whatever becomes of the writer."""
+        if self._filling == 0 or self._words[_Word.STATE] != self._filling:
+            raise SnapshotError("finish() of a fill that is not this writer's", **self._named())
+        self._words[_Word.STATE] = self._filling & ~0xFF | State.COPIED
+        self._filling = 0
+
+    def view(self, entry: ArenaEntry) -> memoryview:
+        """The bytes of one entry. Valid as long as the view is kept, even if the arena is closed."""
+        if entry.offset < HEADER_BYTES or entry.offset + entry.nbytes > self.nbytes:
+            raise SnapshotCorrupt("an entry outside of its arena", name=entry.name, state=entry.state)
+        return self._bytes[entry.offset : entry.offset + entry.nbytes]
+
+    # ---- reader -----------------------------------------------------------------------------------------
+
+    def read(self, step: int | None = None, plan_digest: bytes | None = None) -> Table:
+        """The table of what this half holds, after every check but the digest of the data.
+
+        Raises SnapshotIncomplete if it does not hold that step under that plan, whole; SnapshotCorrupt
+        if what it holds contradicts itself.
+        """
+        self.check()
+        word = self._restorable_word()
+        table = self._parse(self._table_bytes())
+        self._unchanged(word)
+        said = (table.step, table.fill, table.plan_digest, table.incarnation)
+        plan = self._raw(_Word.PLAN, PLAN_DIGEST_BYTES)
+        if said != (self.step, word >> 8, plan, self._words[_Word.INCARNATION]):
+            raise SnapshotCorrupt("header and table disagree", **self._named(), table_step=table.step)
+        if step is not None and table.step != step:
+            raise SnapshotIncomplete("the half holds another step", **self._named(), wanted=step)
+        if plan_digest is not None and table.plan_digest != plan_digest:
+            ours, theirs = plan_digest.hex()[:12], table.plan_digest.hex()[:12]
+            raise SnapshotIncomplete("the half holds another plan", **self._named(), plan=theirs, wanted=ours)
+        return table
+
+    def table(self) -> Table:
+        """read() of whatever step and plan it holds."""
+        return self.read()
+
+    def verify(self) -> None:
+        """Digest the data and compare it with what was sealed. SnapshotCorrupt names both digests."""
+        self.check()
+        word = self._restorable_word()
+        if _state(word, self._words[_Word.VERDICT]) is not State.SEALED:
+            raise SnapshotIncomplete("the half is not digested yet", **self._named())
+        sealed = self._raw(_Word.DATA_DIGEST, DIGEST_BYTES)
+        self._table_bytes()
+        found = digest_while(self._data(), lambda: self._words[_Word.STATE] == word)
+        self._unchanged(word)
+        if found != sealed:
+            raise SnapshotCorrupt(
+                "the data is not what was sealed",
+                **self._named(),
+                sealed=sealed.hex(),
+                found=(found or b"").hex(),
+            )
+
+    def confirm(self, table: Table) -> None:
+        """Raise SnapshotIncomplete if a new fill began since `table` was read: call it after copying out."""
+        if self._words[_Word.STATE] != (table.fill << 8 | State.COPIED):
+            raise SnapshotIncomplete("the half was overwritten while it was read", step=table.step)
+
+    # ---- manager ----------------------------------------------------------------------------------------
+
+    def format(self) -> None:
+        """Make new memory an EMPTY arena of this job."""
+        self._words[_Word.VERSION] = VERSION
+        self._store(_Word.JOB, self._job)
+        self._words[_Word.STATE] = State.EMPTY
+        self._words[_Word.MAGIC] = int.from_bytes(MAGIC, "little")
+
+    def judge(self) -> tuple[int, bytes | HoldfastError] | None:
+        """(fill, digest of its data, or what is wrong with it); None if there is nothing whole to judge.
+
+        Takes time; stores nothing. That STATE still names the same fill *after* the last byte was read
+        proves that no byte changed meanwhile: a writer stores FILLING first.
+        """
+        word = self._words[_Word.STATE]
+        if _state(word, self._words[_Word.VERDICT]) is not State.COPIED:
+            return None
+        try:
+            self.read()
+            digest = digest_while(self._data(), lambda: self._words[_Word.STATE] == word)
+        except SnapshotError as error:
+            return (word >> 8, error) if self._words[_Word.STATE] == word else None
+        if digest is None or self._words[_Word.STATE] != word:
+            return None
+        return word >> 8, digest
+
+    def judged(self, fill: int) -> bool:
+        """Whether there is a verdict about `fill`."""
+        return self._words[_Word.VERDICT] >> 8 == fill
+
+    def seal(self, fill: int, digest: bytes) -> None:
+        """Store the digest of `fill`, once: a second one would hide what changed since the first."""
+        if self.judged(fill):
+            return
+        self._store(_Word.DATA_DIGEST, digest)
+        self._words[_Word.VERDICT] = fill << 8 | State.SEALED
+
+    def condemn(self, fill: int) -> None:
+        """`fill` is not to be restored from."""
+        self._words[_Word.VERDICT] = fill << 8 | State.CORRUPT
+
+    # ---- inside -----------------------------------------------------------------------------------------
+
+    def _place(self, entries: Sequence[Piece]) -> tuple[tuple[ArenaEntry, ...], int]:
+        """Entries with their offsets. A training job asks the same at each step: remembered."""
+        asked = tuple(entries)
+        if self._placed is None or self._placed[0] != asked:
+            self._placed = asked, *place(asked)
+        return self._placed[1], self._placed[2]
+
+    def _restorable_word(self) -> int:
+        """The STATE word, if what it names is whole and not condemned."""
+        word = self._words[_Word.STATE]
+        state = _state(word, self._words[_Word.VERDICT])
+        if state is State.CORRUPT:
+            raise SnapshotCorrupt("the half is marked corrupt", **self._named())
+        if state not in RESTORABLE:
+            raise SnapshotIncomplete(f"the half is {state.name}", **self._named())
+        return word
+
+    def _unchanged(self, word: int) -> None:
+        if self._words[_Word.STATE] != word:
+            raise SnapshotIncomplete("the half was overwritten while it was read", **self._named())
+
+    def _named(self) -> dict[str, int]:
+        return {"step": self.step, "fill": self._words[_Word.STATE] >> 8}
+
+    def _span(self, offset_word: _Word, bytes_word: _Word) -> memoryview:
+        """A region that the header names, if it lies in the arena."""
+        offset, length = self._words[offset_word], self._words[bytes_word]
+        if offset < HEADER_BYTES or offset + length > self.nbytes:
+            where = offset_word.name.partition("_")[0].lower()
+            raise SnapshotCorrupt(
+                f"the {where} does not lie in the arena", offset=offset, length=length, nbytes=self.nbytes
+            )
+        return self._bytes[offset : offset + length]
+
+    def _data(self) -> memoryview:
+        return self._span(_Word.DATA_OFFSET, _Word.DATA_BYTES)
+
+    def _table_bytes(self) -> bytes:
+        """A private copy of the table, so that what was digested is what is parsed."""
+        raw = bytes(self._span(_Word.TABLE_OFFSET, _Word.TABLE_BYTES))
+        if digest_of(raw) != self._raw(_Word.TABLE_DIGEST, DIGEST_BYTES):
+            raise SnapshotCorrupt("the table is not what was written", **self._named())
+        return raw
+
+    def _parse(self, raw: bytes) -> Table:
+        """The table, if every entry lies in the data."""
+        first, length = self._words[_Word.DATA_OFFSET], self._data().nbytes
+        try:
+            return Table.decoded(raw, first, first + length)
+        except (ValueError, KeyError, TypeError, RecursionError, HoldfastError) as error:
+            raise SnapshotCorrupt("the table cannot be read", **self._named(), reason=str(error)) from error
+
+    def _signed(self, word: _Word) -> int:
+        value = self._words[word]
+        return value - (1 << 64) if value >> 63 else value
+
+    def _raw(self, word: _Word, length: int) -> bytes:
+        return bytes(self._bytes[word * 8 : word * 8 + length])
+
+    def _store(self, word: _Word, raw: bytes) -> None:
+        self._bytes[word * 8 : word * 8 + len(raw)] = raw
+
+
+def _state(word: int, verdict: int) -> State:
+    """The half's state: the rank's word, or the manager's if it judged this very fill."""
+    state = word & 0xFF
+    if (
+        state == State.COPIED
+        and verdict >> 8 == word >> 8
+        and verdict & 0xFF in (State.SEALED, State.CORRUPT)
+    ):
+        return State(verdict & 0xFF)
+    return State(state) if state <= State.COPIED else State.CORRUPT

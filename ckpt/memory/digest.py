@@ -45,8 +45,8 @@ def digest_while(data: memoryview, wanted: Callable[[], bool]) -> bytes | None:
     return state.digest()
 
 
-Result = object | HoldfastError | OSError
-"""What a job returned, or the error it raised."""
+Then = Callable[[object], None]
+"""Takes what a job returned, or the HoldfastError or OSError that it raised."""
 
 
 class Worker:
@@ -55,14 +55,11 @@ class Worker:
     def __init__(self) -> None:
         self.wake_fd: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._order = itertools.count()
-        self._jobs: PriorityQueue[tuple[bool, int, Callable[[], object], Callable[[Result], None]]]
-        self._jobs = PriorityQueue()
-        self._done: deque[tuple[Callable[[Result], None], object]] = deque()
+        self._jobs: PriorityQueue[tuple[bool, int, Callable[[], object], Then]] = PriorityQueue()
+        self._done: deque[tuple[Then, object]] = deque()
         threading.Thread(target=self._run, name="smp-worker", daemon=True).start()
 
-    def submit(
-        self, job: Callable[[], object], then: Callable[[Result], None], *, urgent: bool = False
-    ) -> None:
+    def submit(self, job: Callable[[], object], then: Then, *, urgent: bool = False) -> None:
         """Run `job` in the worker, then `then(result or error)` in collect(). Urgent ones go first."""
         self._jobs.put((not urgent, next(self._order), job, then))
 

@@ -154,10 +154,12 @@ def check(plan: Plan, schedule: Schedule, *, lookahead: int = 1) -> None:
     Deadlocks are looked for by running the lists, on no clock: once with sends that never block, and once
     where reaping waits and a send completes only when its receiver has come within `lookahead` actions.
     """
-    every = [("F", m, h) for m, path in enumerate(plan.paths) for h in range(len(path.hops))]
+    visits = [(m, hop) for m, path in enumerate(plan.paths) for hop in range(len(path.hops))]
+    every = {Action("F", *visit) for visit in visits} | {Action("B", *visit) for visit in visits}
     assert len(schedule.ranks) == plan.world_size, "one list a rank is needed"
     place = {a: (rank, i) for rank, mine in enumerate(schedule.ranks) for i, a in enumerate(mine.actions)}
-    assert sum(len(mine.actions) for mine in schedule.ranks) == len(place) == 2 * len(every), "not each once"
+    assert place.keys() == every, "not each action once"
+    assert sum(len(mine.actions) for mine in schedule.ranks) == len(every), "not each action once"
     pairs: set[tuple[int, int]] = set()
     for rank, mine in enumerate(schedule.ranks):
         targets = [sends(plan, rank, action) for action in mine.actions]

@@ -465,9 +465,9 @@ def with_reap(schedule: Schedule, rank: int, before: int, *sent: int) -> Schedul
 
 
 def test_check_refuses_a_lost_and_a_doubled_action() -> None:
-    with pytest.raises(AssertionError, match="not each once"):
+    with pytest.raises(AssertionError, match="not each action once"):
         check(PLAN, with_actions(3, *range(11)))
-    with pytest.raises(AssertionError, match="not each once"):
+    with pytest.raises(AssertionError, match="not each action once"):
         check(PLAN, with_actions(3, *range(11), 0))
 
 

@@ -111,9 +111,8 @@ def test_a_tie_is_declared_on_the_factory_and_on_the_module_and_names_parameters
     ((here, (unit, there)),) = head.holdfast_ties.items()
     assert head.get_parameter(here).shape == layers[unit]().get_parameter(there).shape
     assert all(not layer.holdfast_ties for layer in layers[:-1])
-    untied = model.build_layers(model.DecoderConfig(dim=32, layers=2, heads=2))
-    assert not untied[-1].holdfast_ties
-    assert not untied[-1]().holdfast_ties
+    untied = model.build_layers(model.DecoderConfig(dim=32, layers=2, heads=2))[-1]
+    assert untied.holdfast_ties == untied().holdfast_ties == {}
 
 
 def test_a_tied_matrix_is_counted_once() -> None:
@@ -200,8 +199,7 @@ def test_the_splits_share_no_byte_and_leave_none_but_the_tail(size: int, context
     if size // (context + 1) < 2:
         return
     train, held_out = (text.TextDataset(tokens, context, split, seed) for split in ("train", "validation"))
-    windows = sorted([*train.windows.tolist(), *held_out.windows.tolist()])
-    assert windows == list(range(size // (context + 1)))
+    assert sorted(train.windows.tolist() + held_out.windows.tolist()) == list(range(size // (context + 1)))
     assert len(held_out) >= 1
     assert len(train) >= len(held_out)
     for dataset in (train, held_out):

@@ -1,0 +1,138 @@
+"""The `holdfast` command: finds the subcommand and calls it. Imports nothing heavy before it knows which.
+
+    holdfast run | status | chaos | bench | ckpt | report | version
+
+A subcommand is a module with `main(argv) -> int`; one that is not installed is said so in a line. Exit code 2
+means that nothing was done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from holdfast.proto.errors import ConfigError
+
+COMMANDS: Final = {
+    "run": ("holdfast.launcher.run", "run a training script; torchrun's arguments, and ours"),
+    "status": ("", "what a running job does now"),
+    "chaos": ("holdfast.launcher.chaos", "hurt a running job on purpose"),
+    "bench": ("holdfast.launcher.bench", "measure recovery and overhead"),
+    "ckpt": ("holdfast.ckpt.cli", "inspect and convert checkpoints"),
+    "report": ("holdfast.launcher.report", "render a run's event record"),
+    "version": ("", "print the version"),
+}
+
+EXAMPLES: Final = """\
+examples:
+  holdfast run --nproc-per-node 4 train.py --config llama.toml
+  holdfast status
+  holdfast chaos --every 30s --kinds kill,hang
+  holdfast run --help
+"""
+
+
+def usage() -> str:
+    """The text of `holdfast --help`."""
+    lines = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: holdfast COMMAND ...\n\nFault-tolerant pipeline-parallel training.\n\ncommands:\n{lines}\n\n{EXAMPLES}"
+
+
+def status(argv: Sequence[str]) -> int:
+    """`holdfast status`: ask the job's coordinator."""
+    parser = argparse.ArgumentParser(prog="holdfast status", description="What a running job does now.")
+    parser.add_argument("--job", help="which job; needed if several run")
+    parser.add_argument("--json", action="store_true", help="all there is, for programs")
+    arguments = parser.parse_args(list(argv))
+
+    from . import registry
+
+    job = registry.find(arguments.job)
+    import grpc
+
+    from holdfast.proto.gen import control_pb2 as pb
+    from holdfast.proto.gen import control_pb2_grpc
+
+    with grpc.insecure_channel(job.coordinator) as channel:
+        stub = control_pb2_grpc.ControlStub(channel)
+        try:
+            reply = stub.Status(pb.StatusRequest(), metadata=[("holdfast-token", job.token)], timeout=5.0)
+        except grpc.RpcError as error:
+            raise ConfigError(f"the coordinator of {job.job} does not answer: {error.details()}") from None
+    if arguments.json:
+        print(reply.json)
+        return 0
+    print(f"job {job.job}, coordinator {job.coordinator}, events {job.events or 'none'}")
+    for line in _lines(json.loads(reply.json)):
+        print(line)
+    return 0
+
+
+def _lines(state: dict[str, object]) -> list[str]:
+    """A status reply for people: plain fields first, then one line per rank."""
+    plain = [f"{key}={value}" for key, value in state.items() if not isinstance(value, (dict, list))]
+    lines = ["  " + "  ".join(plain)] if plain else []
+    ranks = state.get("ranks")
+    rows = ranks if isinstance(ranks, list) else list(ranks.values()) if isinstance(ranks, dict) else []
+    for row in rows:
+        lines.append(
+            "  "
+            + (
+                " ".join(f"{key}={value}" for key, value in row.items())
+                if isinstance(row, dict)
+                else str(row)
+            )
+        )
+    return lines
+
+
+def version(argv: Sequence[str]) -> int:
+    """`holdfast version`."""
+    del argv
+    try:
+        print(f"holdfast {importlib.metadata.version('holdfast')}")
+    except importlib.metadata.PackageNotFoundError:
+        print("holdfast (not installed)")
+    return 0
+
+
+def _find(command: str) -> Callable[[Sequence[str]], int]:
+    if command == "status":
+        return status
+    if command == "version":
+        return version
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"no command {command!r}{hint} (see holdfast --help)")
+    name = COMMANDS[command][0]
+    try:
+        found: Callable[[Sequence[str]], int] = importlib.import_module(name).main
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise ConfigError(f"`holdfast {command}` is not part of this installation") from None
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `holdfast` command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0 if arguments else 2
+    try:
+        return _find("version" if arguments[0] == "--version" else arguments[0])(arguments[1:])
+    except ConfigError as error:
+        print(f"holdfast: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

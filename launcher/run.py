@@ -1,0 +1,341 @@
+"""`holdfast run`: torchrun's command line and behaviour, plus ours.
+
+    argv ──▶ torchrun's parser + our options ──▶ checks (exit 2 before anything starts)
+         ──▶ torch.distributed.run.run, with our agent in the place of torch's LocalElasticAgent
+
+Exit codes: 0 all ranks ended well, 1 the job failed or was stopped by a signal, 2 it cannot be done as asked.
+What the user got wrong is one line on stderr. Not here: supervision (agent.py, supervisor.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import os
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from holdfast.proto.errors import ConfigError, HoldfastError
+from holdfast.proto.faults import parse_faults
+
+from . import registry
+from .detector import Limits
+
+MANAGED_BUDGET: Final = 1000
+_JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+
+EXAMPLES: Final = """\
+examples:
+  holdfast run --nproc-per-node 4 train.py --config llama.toml
+  holdfast run --nproc-per-node 4 --standbys 2 --log-dir logs --tee 3 train.py
+  holdfast run --nproc-per-node 4 -m package.train
+  holdfast run --nproc-per-node 4 --faults rank=2,step=5,at=backward:3,kind=kill train.py
+
+Every option of torchrun works as there. A rank that says hello to the agent (holdfast.runtime.Trainer does)
+is replaced alone when it dies or hangs; a plain torchrun script is run as torchrun runs it.
+"""
+
+
+class Stopped(Exception):
+    """The run ended with an exit code that is not 0; `message`, if any, was not printed yet."""
+
+    def __init__(self, code: int, message: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """torchrun's parser with our options added."""
+    from torch.distributed.run import get_args_parser
+
+    parser: argparse.ArgumentParser = get_args_parser()
+    parser.prog = "holdfast run"
+    parser.description = "Run a distributed training script and keep it running while its processes fail."
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = partial(_refuse, parser)  # type: ignore[method-assign]
+    for action in parser._actions:
+        if action.dest == "max_restarts":
+            action.help = (
+                f"Replacements of single ranks before the job fails (default {MANAGED_BUDGET}); for scripts that "
+                "do not use holdfast.runtime: restarts of the whole group, as torchrun's (default 0)."
+            )
+            if action.default == 0:
+                action.default = None  # else PET_MAX_RESTARTS has set it
+    add = parser.add_argument_group("holdfast").add_argument
+    add("--standbys", type=int, default=1, metavar="N", help="warm standby processes per host (default 1)")
+    add("--preload", default="", metavar="MODULE[,...]", help="modules that standbys import in advance")
+    add("--job-id", default="", metavar="ID", help="name of the job (default: random)")
+    add(
+        "--coordinator-bind",
+        default="127.0.0.1:0",
+        metavar="HOST:PORT",
+        help="default 127.0.0.1:0 (a free port)",
+    )
+    add(
+        "--events",
+        default="",
+        metavar="FILE",
+        help="event record; 'none' for none (default: in the run's folder)",
+    )
+    add(
+        "--lease-min",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="shortest silence taken for a hang (default 2)",
+    )
+    add("--lease-start", type=float, default=600.0, metavar="S", help="longest start of a rank (default 600)")
+    add(
+        "--lease-user",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="longest user code between steps (default 300)",
+    )
+    add(
+        "--stop-grace",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="stopped (SIGSTOP) so long: replaced (default 0.5)",
+    )
+    add(
+        "--faults",
+        default="",
+        metavar="SPEC",
+        help="scripted faults: rank=2,step=5,at=backward:3,kind=kill;...",
+    )
+    add("--snapshots", choices=("on", "off"), default="on", help="snapshots in memory (default on)")
+    return parser
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """One line; with the nearest option for one that does not exist."""
+    unknown = re.search(r"unrecognized arguments: (-\S+)", message)
+    if unknown:
+        name = unknown[1].partition("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(name, known, n=1)
+        message = f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
+    elif "training_script" in message:
+        message = "no script given"
+    raise Stopped(2, f"{message} (see holdfast run --help)")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Arguments for torch, and fields for agent.Options. Raises ConfigError, Stopped; starts nothing."""
+    arguments = build_parser().parse_args(list(argv))
+    for name in ("lease_min", "lease_start", "lease_user", "stop_grace"):
+        if not getattr(arguments, name) > 0:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} must be above 0 seconds, got {getattr(arguments, name)}"
+            )
+    if arguments.standbys < 0:
+        raise ConfigError(f"--standbys must be 0 or more, got {arguments.standbys}")
+    if arguments.max_restarts is not None and arguments.max_restarts < 0:
+        raise ConfigError(f"--max-restarts must be 0 or more, got {arguments.max_restarts}")
+    if not re.fullmatch(r"\S+:\d{1,5}", arguments.coordinator_bind):
+        raise ConfigError(f"--coordinator-bind is HOST:PORT, got {arguments.coordinator_bind!r}")
+    try:
+        parse_faults(arguments.faults)
+    except ValueError as error:
+        raise ConfigError(f"--faults: {error}") from None
+    _check_torchrun(arguments)
+    _check_script(arguments)
+    job = arguments.job_id or secrets.token_hex(4)
+    if not _JOB_ID.fullmatch(job):
+        raise ConfigError(f"--job-id has letters, digits, '.', '_' and '-' (at most 40), got {job!r}")
+    if any(one.job == job for one in registry.list_jobs()):
+        raise ConfigError(f"a job {job!r} already runs on this machine")
+    return arguments, {
+        "job": job,
+        "token": secrets.token_hex(16),
+        "bind": arguments.coordinator_bind,
+        "standbys": arguments.standbys,
+        "preload": tuple(name for name in arguments.preload.split(",") if name),
+        "limits": Limits(
+            lease_min_ns=int(arguments.lease_min * 1e9),
+            start_ns=int(arguments.lease_start * 1e9),
+            user_ns=int(arguments.lease_user * 1e9),
+            stop_grace_ns=int(arguments.stop_grace * 1e9),
+        ),
+        "budget": MANAGED_BUDGET if arguments.max_restarts is None else arguments.max_restarts,
+        "faults": arguments.faults,
+        "snapshots": arguments.snapshots == "on",
+    }
+
+
+def _check_torchrun(arguments: argparse.Namespace) -> None:
+    """What torch would answer with a traceback, answered with a line; and its defaults without its banner."""
+    from torch.distributed.elastic.multiprocessing import Std
+    from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
+
+    try:
+        least, most = parse_min_max_nnodes(arguments.nnodes)
+    except (RuntimeError, ValueError):
+        raise ConfigError(f"--nnodes is N or MIN:MAX, got {arguments.nnodes!r}") from None
+    if not 0 < least <= most:
+        raise ConfigError(f"--nnodes must be at least 1 and rising, got {arguments.nnodes!r}")
+    try:
+        processes = determine_local_world_size(arguments.nproc_per_node)
+    except ValueError as error:
+        raise ConfigError(f"--nproc-per-node: {error}") from None
+    if processes < 1:
+        raise ConfigError(f"--nproc-per-node must be at least 1, got {processes}")
+    for name in ("redirects", "tee"):
+        try:
+            Std.from_str(getattr(arguments, name))
+        except ValueError:
+            raise ConfigError(
+                f"--{name} is 0..3 or RANK:0..3,..., got {getattr(arguments, name)!r}"
+            ) from None
+    if arguments.module and arguments.no_python:
+        raise ConfigError("--module and --no-python exclude each other")
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _check_script(arguments: argparse.Namespace) -> None:
+    script = arguments.training_script
+    if arguments.module:
+        with _path_of_ranks():
+            try:
+                found = importlib.util.find_spec(script) is not None
+            except (ImportError, ValueError):
+                found = False
+        if not found:
+            raise ConfigError(f"no module named {script}")
+    elif not arguments.no_python and not os.path.exists(script):
+        raise ConfigError(f"no such script: {script}")
+
+
+@contextlib.contextmanager
+def _path_of_ranks() -> Iterator[None]:
+    """sys.path as `python -m` will have it."""
+    before = list(sys.path)
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+class RunFolder:
+    """Where the run's files lie: the event record, torch's logs and error files."""
+
+    def __init__(self, arguments: argparse.Namespace, job: str) -> None:
+        self._made: list[Path] = []
+        self._private: Path | None = None
+        self.events: Path | None = None
+        folder = Path(arguments.log_dir) if arguments.log_dir else Path("holdfast-runs") / job
+        if arguments.events == "none":
+            if not arguments.log_dir:
+                folder = self._private = Path(tempfile.mkdtemp(prefix="holdfast-logs-"))
+        else:
+            self.events = (
+                Path(arguments.events).absolute() if arguments.events else folder.absolute() / "events.jsonl"
+            )
+        self.folder = folder.absolute()
+        try:
+            for path in {self.folder, *([self.events.parent] if self.events else [])}:
+                self._make(path)
+            if self.events is not None:
+                _set_aside(self.events)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {error.filename}: {error.strerror}; give --log-dir or --events"
+            ) from None
+        arguments.log_dir = arguments.log_dir or str(self.folder)
+
+    def _make(self, path: Path) -> None:
+        missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        self._made += missing  # deepest first
+
+    def tidy(self, *, keep_events: bool) -> None:
+        """At the end: take away empty folders, and the record of a job in which nothing was recorded."""
+        if self.events is not None and not keep_events:
+            self.events.unlink(missing_ok=True)
+        for root in (self._private, *self._made):
+            if root is None or not root.is_dir():
+                continue
+            for path in sorted(root.rglob("*"), key=lambda one: len(one.parts), reverse=True):
+                if path.is_dir():
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+            with contextlib.suppress(OSError):
+                root.rmdir()
+
+
+def _set_aside(path: Path) -> None:
+    """An older record keeps its content under another name: the coordinator takes what it finds for its own."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    number = 1
+    while (older := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(older)
+
+
+def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
+    """Run the job to its end. Raises Stopped for every end but a good one."""
+    import torch.distributed.launcher.api as api
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+
+    from .agent import HoldfastAgent, Options, self_test
+
+    mismatch = self_test()
+    folder = RunFolder(arguments, fields["job"])
+    if arguments.max_restarts is None:
+        arguments.max_restarts = 0
+    # Stock restarts of the whole group find the dead ranks' addresses in the shared store and fail with gloo.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    stock = api.LocalElasticAgent
+    if mismatch is None:
+        options = Options(events=folder.events, run_dir=folder.folder, **fields)
+        api.LocalElasticAgent = partial(HoldfastAgent, options=options)  # type: ignore[misc, assignment]
+    else:
+        print(f"[holdfast] {mismatch}: ranks are not replaced, this is plain torchrun", file=sys.stderr)
+    try:
+        record(torchrun.run)(arguments)
+    except ChildFailedError as error:
+        raise Stopped(1, f"the job failed\n{error}") from None
+    except SignalException as error:
+        raise Stopped(1, f"stopped by {error.sigval.name}") from None
+    except HoldfastError as error:
+        raise Stopped(error.exit_code, str(error)) from None
+    finally:
+        api.LocalElasticAgent = stock  # type: ignore[misc]
+        folder.tidy(keep_events=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `holdfast run`; returns the exit code."""
+    try:
+        arguments, fields = parse(sys.argv[1:] if argv is None else argv)
+        launch(arguments, fields)
+    except Stopped as stopped:
+        if stopped.message:
+            print(f"holdfast: error: {stopped.message}", file=sys.stderr)
+        return stopped.code
+    except ConfigError as error:
+        print(f"holdfast: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
