@@ -61,6 +61,7 @@ def rank_main(rank: Rank, preset: str, steps: int, microbatches: int, microbatch
         def begin(self, step: int) -> None: ...
         def microbatch(self, step: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
             return x[m], y[m]
+
         def state(self) -> None: ...
         def load_state(self, state: Any) -> None: ...
 
@@ -164,7 +165,9 @@ def hand_written(rank: Rank, world: Any, stage: Any, loss: Any, x: Any, y: Any, 
     return step
 
 
-def torch_1f1b(rank: Rank, world: Any, stage: Any, loss: Any, x: Any, y: Any, microbatches: int) -> Callable[[int], None]:
+def torch_1f1b(
+    rank: Rank, world: Any, stage: Any, loss: Any, x: Any, y: Any, microbatches: int
+) -> Callable[[int], None]:
     """torch.distributed.pipelining with the same stage."""
     import torch
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
@@ -213,9 +216,7 @@ def main() -> None:
         },
     )
     wall = {name: [t[0] for t in results[0]["times"][name]] for name in results[0]["times"]}
-    cpu = {
-        name: [sum(r["times"][name][i][1] for r in results) for i in range(len(wall[name]))] for name in wall
-    }
+    cpu = {name: [sum(r["times"][name][i][1] for r in results) for i in range(len(wall[name]))] for name in wall}
     parameters = sum(r["parameters"] for r in results)
     for ours in ("engine", "engine_plain_sum"):
         for peer, goal in (("hand", 1.05), ("torch", 1.0)):

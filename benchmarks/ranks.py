@@ -88,7 +88,9 @@ def run_ranks(target: str, world_size: int, arguments: dict[str, Any] | None = N
             with open(f"{folder}/{rank}.err", "wb") as errors:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(Path(__file__).resolve()), request], env=environment, stderr=errors
+                        [sys.executable, str(Path(__file__).resolve()), request],
+                        env=environment,
+                        stderr=errors,
                     )
                 )
         try:

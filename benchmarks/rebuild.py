@@ -52,13 +52,19 @@ def rank_main(rank: Rank, rounds: int) -> Any:
         generation = number + 2
         blocked = threading.Event()
 
-        def order(current: Any = group, blocked: threading.Event = blocked, generation: int = generation) -> None:
+        started: list[float] = []
+
+        def order(
+            current: Any = group,
+            blocked: threading.Event = blocked,
+            generation: int = generation,
+            started: list[float] = started,
+        ) -> None:
             blocked.wait()
             everybody(f"ours-{generation}")
             started.append(time.perf_counter())
             current.abort(Fenced(generation, "benchmark"))
 
-        started: list[float] = []
         threading.Thread(target=order, daemon=True).start()
         try:
             pending = group.irecv(torch.empty(1 << 16), (me + 1) % size, 9)
@@ -67,7 +73,15 @@ def rank_main(rank: Rank, rounds: int) -> Any:
         except Fenced:
             group.close(pending)
         group = rank.group(generation)
-        first_use(group.allgather, lambda t, d: group.isend(t, d, 3), lambda t, s: group.wait(group.irecv(t, s, 3)))
+        current = group
+
+        def send(t: Any, peer: int, current: Any = current) -> Any:
+            return current.isend(t, peer, 3)
+
+        def receive(t: Any, peer: int, current: Any = current) -> None:
+            current.wait(current.irecv(t, peer, 3))
+
+        first_use(current.allgather, send, receive)
         ours.append(time.perf_counter() - started[0])
 
         everybody(f"theirs-{generation}")
@@ -78,7 +92,9 @@ def rank_main(rank: Rank, rounds: int) -> Any:
         dist.init_process_group("gloo", store=store, rank=me, world_size=size)
         outputs = [torch.empty(1) for _ in range(size)]
         first_use(
-            lambda t, outputs=outputs: dist.all_gather(outputs, t), lambda t, d: dist.isend(t, d), lambda t, s: dist.recv(t, s)
+            lambda t, outputs=outputs: dist.all_gather(outputs, t),
+            lambda t, d: dist.isend(t, d),
+            lambda t, s: dist.recv(t, s),
         )
         theirs.append(time.perf_counter() - begin)
     return {"ours": ours, "theirs": theirs}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -60,9 +60,7 @@ class Piece:
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
-            raise ConfigError(
-                "a dtype that cannot be kept", name=self.name, state=self.state, dtype=self.dtype
-            )
+            raise ConfigError("a dtype that cannot be kept", name=self.name, state=self.state, dtype=self.dtype)
         if any(length < 0 for length in self.shape) or not 0 <= self.start <= self.stop <= self.elements:
             raise ConfigError(
                 "a piece outside of its tensor",
@@ -145,12 +143,3 @@ def assign_owners(sizes: Mapping[str, int], holders: Sequence[int]) -> dict[str,
         owners[name] = holder
         heapq.heapreplace(loads, (load + sizes[name], holder))
     return owners
-
-
-def split(piece: Piece, parts: int) -> tuple[Piece, ...]:
-    """`piece` cut in `parts` ranges whose lengths differ by one element at most, the longer ones first."""
-    if parts < 1:
-        raise ConfigError("a piece is cut in one part or more", name=piece.name, parts=parts)
-    length, longer = divmod(piece.stop - piece.start, parts)
-    bounds = [piece.start + index * length + min(index, longer) for index in range(parts + 1)]
-    return tuple(replace(piece, start=a, stop=b) for a, b in zip(bounds, bounds[1:], strict=False))

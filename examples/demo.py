@@ -67,7 +67,9 @@ def compare(broken: Path, unbroken: Path) -> bool:
     if different:
         print(f"NOT EQUAL: {len(different)} of {len(left)} tensors differ, first {sorted(different)[0]}")
         return False
-    print(f"BIT-IDENTICAL: {len(left)} tensors, {elements:,} numbers (parameters and optimizer state), torch.equal on all")
+    print(
+        f"BIT-IDENTICAL: {len(left)} tensors, {elements:,} numbers (parameters and optimizer state), torch.equal on all"
+    )
     return True
 
 
@@ -95,10 +97,13 @@ def main() -> int:
         fast = run("the same job, left alone", job(arguments, unbroken))
         faults = json.loads((broken / "chaos.json").read_text())["faults"]
         survived = sum(fault["survived"] for fault in faults)
-        print(f"\n=== verdict\n{survived} of {arguments.kills} kills survived; {slow:.0f} s with them, {fast:.0f} s without")
+        print(
+            f"\n=== verdict\n{survived} of {arguments.kills} kills survived in {slow:.0f} s, without any {fast:.0f} s"
+        )
         for event in recoveries(broken / "events.jsonl"):
             spans = ", ".join(f"{name} {event[f'{name}_ms']:.0f} ms" for name in ("reform", "restore", "resume"))
-            print(f"  resumed from step {event['resume_step']:>4}, {event['total_ms']:.0f} ms after detection ({spans})")
+            total = f"{event['total_ms']:.0f} ms after detection"
+            print(f"  resumed from step {event['resume_step']:>4}, {total} ({spans})")
         equal = compare(broken, unbroken)
     finally:
         if arguments.keep is None:

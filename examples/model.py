@@ -130,9 +130,7 @@ class Attention(nn.Module):
         batch, time, _ = x.shape
         if time > self.cos.shape[0]:
             raise ValueError(f"sequence of {time} tokens, the model's context is {self.cos.shape[0]}")
-        q = (
-            self.wq(x).view(batch, time, self.heads, self.head_dim).transpose(1, 2)
-        )  # [batch, heads, time, head_dim]
+        q = self.wq(x).view(batch, time, self.heads, self.head_dim).transpose(1, 2)  # [batch, heads, time, head_dim]
         k = self.wk(x).view(batch, time, self.groups, self.head_dim).transpose(1, 2)
         v = self.wv(x).view(batch, time, self.groups, self.head_dim).transpose(1, 2)
         cos, sin = self.cos[:time], self.sin[:time]

@@ -36,9 +36,7 @@ from holdfast.runtime import StepResult, Trainer
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 for what makes no sense on its own."""
-    parser = argparse.ArgumentParser(
-        description="Pretrain a byte-level decoder that survives the loss of ranks."
-    )
+    parser = argparse.ArgumentParser(description="Pretrain a byte-level decoder that survives the loss of ranks.")
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), default="demo", help="size of the model (demo)")
     add("--steps", type=_positive, default=100, help="optimizer steps in all (100)")
@@ -46,18 +44,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--microbatch-size", type=_positive, default=4, help="sequences in a microbatch (4)")
     add("--context", type=_positive, help="tokens in a sequence (the preset's)")
     add("--stages", type=_positive, help="pipeline stages (all ranks); ranks beyond are replicas")
-    add(
-        "--schedule", choices=("1f1b", "gpipe"), default="1f1b", help="order of forwards and backwards (1f1b)"
-    )
+    add("--schedule", choices=("1f1b", "gpipe"), default="1f1b", help="order of forwards and backwards (1f1b)")
     add("--interleave", type=_positive, default=1, help="chunks of layers on each rank (1)")
     add("--lr", type=float, default=3e-3, help="peak learning rate, after a linear warm-up (3e-3)")
     add("--clip", type=float, default=1.0, help="largest global gradient norm, 0 for no clipping (1.0)")
     add("--seed", type=int, default=0, help="decides weights, data order, dropout, validation split (0)")
     add("--tied", action="store_true", help="one matrix for embedding and output")
     add("--bf16", action="store_true", help="autocast to bfloat16")
-    add(
-        "--checkpoint-activations", action="store_true", help="recompute each layer's forward in the backward"
-    )
+    add("--checkpoint-activations", action="store_true", help="recompute each layer's forward in the backward")
     add("--validate-every", type=int, default=0, help="steps between validations, 0 for none (0)")
     add("--data", metavar="FILE_OR_GLOB", help="text to learn (the source of Python's standard library)")
     add("--out", type=Path, metavar="DIR", help="write the final state there, one safetensors file a rank")
@@ -103,9 +97,7 @@ def make_trainer(arguments: argparse.Namespace, cfg: DecoderConfig, tokens: torc
         layers=build_layers(cfg),
         loss=loss,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=arguments.lr, betas=(0.9, 0.95)),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, warmup_cosine(arguments.steps)
-        ),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(arguments.steps)),
         data=TextDataset(tokens, cfg.context, "train", arguments.seed),
         validation=validation,
         validate_every=arguments.validate_every,

@@ -32,9 +32,7 @@ DEFAULT_BYTES_MAX: Final = 8 << 20
 """Of the standard library; enough that a byte model never sees it twice in a short run."""
 VALIDATION_EVERY: Final = 20
 """One window in so many is held out."""
-_SKIPPED_FOLDERS: Final = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-)
+_SKIPPED_FOLDERS: Final = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -54,9 +52,7 @@ class TextDataset:
     short for both splits.
     """
 
-    def __init__(
-        self, tokens: Tensor, context: int, split: Literal["train", "validation"], seed: int = 0
-    ) -> None:
+    def __init__(self, tokens: Tensor, context: int, split: Literal["train", "validation"], seed: int = 0) -> None:
         if tokens.dtype != torch.uint8 or tokens.dim() != 1:
             raise ValueError(f"tokens are a uint8 vector, got {tokens.dtype} {list(tokens.shape)}")
         if context < 1:
@@ -116,9 +112,7 @@ def scan_pattern(pattern: str) -> list[SourceFile]:
     names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     found = [_seen(name, os.stat(name)) for name in names if os.path.isfile(name)]
     if not found:
-        _refuse(
-            f"no text: {pattern!r} is no file, and no pattern that matches one (such as 'books/**/*.txt')"
-        )
+        _refuse(f"no text: {pattern!r} is no file, and no pattern that matches one (such as 'books/**/*.txt')")
     return sorted(found)
 
 

@@ -2,7 +2,7 @@
 
     torchrun's loop ──▶ _start_workers ──▶ services up, ranks started by torch, handed to the Supervisor
                     ──▶ _monitor_workers ─▶ managed? HEALTHY while a replacement is under way : torch's own
-                    ──▶ _shutdown ───────▶ no replacement any more, torch ends the ranks, then the services end
+                    ──▶ _shutdown ───────▶ no more replacements, torch ends the ranks, the services end
 
 Everything else (command line, environment, rendezvous, logs, error files, signals, exit codes) stays torch's.
 Managed means that a rank has said hello on the agent socket; other jobs get stock behaviour. The private
@@ -34,11 +34,12 @@ from holdfast.proto.errors import ConfigError
 from . import registry
 from .detector import Limits
 from .loop import Loop
-from .processes import become_subreaper
+from .processes import become_subreaper, kill_leaders
 from .services import Coordinator, SnapshotManager
 from .session import CoordinatorSession
 from .standby import StandbyPool
-from .supervisor import Program, Supervisor
+from .starter import Program
+from .supervisor import Supervisor
 
 SNAPSHOTS: Final = "HOLDFAST_SNAPSHOTS"
 _BOOTSTRAP_KEY: Final = "holdfast/bootstrap"
@@ -141,7 +142,7 @@ class Host:
         self.job, self.token, self._address = told["job"], told["token"], told["coordinator"]
         if told["host"] != self.name and self._address.startswith(("127.", "localhost", "[::1]")):
             raise ConfigError(
-                f"the coordinator on {told['host']} listens on {self._address}, which this host cannot reach; "
+                f"the coordinator on {told['host']} listens on {self._address}, out of reach of this host; "
                 "give --coordinator-bind HOST:PORT on the first host"
             )
 
@@ -173,12 +174,16 @@ class Host:
                 environment={**os.environ},
                 on_change=self._supervisor.on_pool_change,
             )
-        self._supervisor.listen(socket_name, pool)
+        self._supervisor.listen(socket_name, pool, self._service_pids)
+
+    def _service_pids(self) -> list[int]:
+        return [part.pid for part in (self._coordinator, self._smp) if part is not None]
 
     def _run(self) -> None:
-        assert self._loop is not None and self._session is not None
+        assert self._loop is not None
+        assert self._session is not None
         supervisor = self.supervisor
-        supervisor.coordinator = self._address
+        supervisor.set_coordinator(self._address)
         if self._coordinator is not None:
             self._coordinator.adopt(self._loop, self._moved)
         if self._smp is not None:
@@ -208,7 +213,7 @@ class Host:
         return found
 
     def close(self) -> None:
-        """End everything; harmless to repeat. The ranks must have ended: the agent socket is their lifeline."""
+        """End everything; harmless to repeat. After the ranks have ended: the socket is their lifeline."""
         if self._closed:
             return
         self._closed = True
@@ -216,6 +221,7 @@ class Host:
             # Run in reverse order, each whatever the others do.
             stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
             stack.callback(lambda: registry.remove(self.job) if self._group_rank == 0 else None)
+            stack.callback(self._kill_unknown)
             for part in (self._smp, self._coordinator, self._supervisor):
                 if part is not None:
                     stack.callback(part.close)
@@ -223,6 +229,10 @@ class Host:
                 stack.callback(self._session.close)
             if self._loop is not None:
                 stack.callback(self._loop.stop)
+
+    def _kill_unknown(self) -> None:
+        if self._supervisor is not None and not self._supervisor.attached:
+            kill_leaders(())  # a signal came while torch was starting ranks: it lost count of them
 
 
 class HoldfastAgent(LocalElasticAgent):
@@ -251,6 +261,7 @@ class HoldfastAgent(LocalElasticAgent):
             world_size = int(worker_group.workers[0].world_size)
             self._host = Host(self._options, worker_group.store, group_rank, world_size, python)
         supervisor, ours = self._host.supervisor, self._host.environment(self._epoch)
+        supervisor.attached = False
         with supervisor.locked(), _environment(ours):
             pids: dict[int, Any] = super()._start_workers(worker_group)
             context = self._pcontext
@@ -315,7 +326,7 @@ class HoldfastAgent(LocalElasticAgent):
 
 
 def _python_argv(entrypoint: str, arguments: tuple[Any, ...]) -> tuple[tuple[str, ...], bool] | None:
-    """(argv, is_module) if the command is our interpreter with a script or module, as a standby can run it."""
+    """(argv, is_module) if a standby can run it: our interpreter with a script or module."""
     rest = [str(argument) for argument in arguments]
     if entrypoint != sys.executable or rest[:1] != ["-u"]:
         return None

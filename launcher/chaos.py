@@ -61,9 +61,7 @@ class Outcome:
     """From the order to the first step committed after it."""
 
 
-def plan_faults(
-    seed: int, *, every_s: float, kinds: Sequence[str], world_size: int, count: int
-) -> list[PlannedFault]:
+def plan_faults(seed: int, *, every_s: float, kinds: Sequence[str], world_size: int, count: int) -> list[PlannedFault]:
     """Faults for a seed: uniformly chosen ranks and kinds, intervals between half and one and a half `every_s`."""
     chance = random.Random(seed)
     return [
@@ -135,7 +133,10 @@ class Job:
     def status(self) -> dict[str, Any] | None:
         """The coordinator's state, or None."""
         reply = self.call("Status", pb.StatusRequest())
-        return json.loads(reply.json) if reply is not None else None
+        if reply is None:
+            return None
+        status: dict[str, Any] = json.loads(reply.json)
+        return status
 
     def await_status(self, accept: Any, deadline_s: float) -> dict[str, Any] | None:
         """First status that `accept` likes; None at the deadline or when the command ends."""
@@ -169,7 +170,7 @@ def inject(job: Job, number: int, fault: PlannedFault) -> Outcome:
     outcome.fired = job.await_status(replaced, FIRE_DEADLINE_S) is not None
 
     def recovered(status: dict[str, Any]) -> bool:
-        return status["state"] == "running" and status["recoveries"] > before["recoveries"]
+        return bool(status["state"] == "running" and status["recoveries"] > before["recoveries"])
 
     outcome.survived = outcome.fired and job.await_status(recovered, FIRE_DEADLINE_S) is not None
     outcome.lost_s = round(time.monotonic() - started, 3)
@@ -209,7 +210,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> int:
         code = 130
     fired, survived = sum(o.fired for o in outcomes), sum(o.survived for o in outcomes)
     print(
-        f"[chaos] seed {arguments.seed}: {fired} faults fired, {survived} survived, the job ended with exit code {code}",
+        f"[chaos] seed {arguments.seed}: {fired} faults fired, {survived} survived, exit code of the job: {code}",
         file=sys.stderr,
     )
     if arguments.json:
@@ -256,7 +257,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="decides times, ranks and kinds (0)")
     parser.add_argument("--every", type=parse_seconds, default=5.0, help="mean time between faults (5s)")
-    parser.add_argument("--kinds", type=parse_kinds, default=("kill",), help="comma-separated: kill,stop,exit,raise,segv,hang,loop")
+    parser.add_argument(
+        "--kinds",
+        type=parse_kinds,
+        default=("kill",),
+        help="comma-separated: kill,stop,exit,raise,segv,hang,loop",
+    )
     parser.add_argument("--count", type=int, default=1000, help="at most so many faults (1000)")
     parser.add_argument("--start-deadline", type=parse_seconds, default=600.0, help="for the first step (10m)")
     parser.add_argument("--json", help="write what became of every fault there")

@@ -41,7 +41,8 @@ examples:
 def usage() -> str:
     """The text of `holdfast --help`."""
     lines = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
-    return f"usage: holdfast COMMAND ...\n\nFault-tolerant pipeline-parallel training.\n\ncommands:\n{lines}\n\n{EXAMPLES}"
+    about = "Fault-tolerant pipeline-parallel training."
+    return f"usage: holdfast COMMAND ...\n\n{about}\n\ncommands:\n{lines}\n\n{EXAMPLES}"
 
 
 def status(argv: Sequence[str]) -> int:
@@ -81,14 +82,8 @@ def _lines(state: dict[str, object]) -> list[str]:
     ranks = state.get("ranks")
     rows = ranks if isinstance(ranks, list) else list(ranks.values()) if isinstance(ranks, dict) else []
     for row in rows:
-        lines.append(
-            "  "
-            + (
-                " ".join(f"{key}={value}" for key, value in row.items())
-                if isinstance(row, dict)
-                else str(row)
-            )
-        )
+        fields = [f"{key}={value}" for key, value in row.items()] if isinstance(row, dict) else [str(row)]
+        lines += ["  " + " ".join(fields)]
     return lines
 
 

@@ -30,7 +30,8 @@ from holdfast.proto.gen import control_pb2 as pb
 from holdfast.proto.gen import control_pb2_grpc
 from holdfast.runtime.recovery.decide import Report
 
-from .membership import Action, Announce, Fence, Form, Joined, Membership, Record, StopJob, StoreAll
+from .actions import Action, Announce, Fence, Form, Record, StopJob, StoreAll
+from .membership import Joined, Membership
 
 TOKEN_HEADER = "holdfast-token"
 
@@ -138,7 +139,12 @@ class Control(control_pb2_grpc.ControlServicer):
             case "committed":
                 body = message.committed
                 return members.on_committed(
-                    rank, generation, int(body.step), int(body.committed_ns), body.loss, body.first_after_resume
+                    rank,
+                    generation,
+                    int(body.step),
+                    int(body.committed_ns),
+                    body.loss,
+                    body.first_after_resume,
                 )
             case "suspect":
                 return members.on_suspect(now_ns, rank, generation, message.suspect.what)
@@ -207,9 +213,7 @@ class Control(control_pb2_grpc.ControlServicer):
         if queue is None:
             return pb.InjectReply(accepted=False, reason=f"no agent with a live rank {request.rank}")
         self._log.write({"event": "fault_ordered", "rank": request.rank, "kind": request.kind, "id": request.id})
-        queue.put_nowait(
-            pb.AgentOrder(inject=pb.InjectOrder(rank=request.rank, kind=request.kind, id=request.id))
-        )
+        queue.put_nowait(pb.AgentOrder(inject=pb.InjectOrder(rank=request.rank, kind=request.kind, id=request.id)))
         return pb.InjectReply(accepted=True)
 
     def _do(self, actions: list[Action]) -> None:
@@ -274,7 +278,7 @@ def _form_order(form: Form) -> Any:
     return pb.RankOrder(generation=form.generation, form=body)
 
 
-class TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses every call that does not carry the job's token."""
 
     def __init__(self, token: str) -> None:

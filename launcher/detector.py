@@ -1,4 +1,4 @@
-"""Is a rank alive, and is it replaced? Two pure functions; the watcher takes the samples, the supervisor acts.
+"""Is a rank alive, and is it replaced? Two pure functions; others take the samples and act.
 
     /proc/PID/stat ──┐
     pidfd            ├──▶ Sample ──▶ judge(sample, limits) ──▶ Verdict(health, reason)
@@ -137,7 +137,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """One death of one rank: the newest step committed anywhere by then; `injected` if we or a script did it."""
+    """One death: the newest step committed anywhere by then; `injected` if it was done on purpose."""
 
     best_step: int
     reason: str
@@ -156,9 +156,7 @@ def decide_replacement(rank: int, deaths: Sequence[Death], used: int, budget: in
     if len(own) == SAME_STEP_DEATHS and own[0].best_step == own[-1].best_step and not deaths[-1].injected:
         reasons = ", ".join(death.reason for death in own)
         after = f"after step {own[0].best_step}" if own[0].best_step >= 0 else "before the first step"
-        return Refuse(
-            f"rank {rank} died {len(own)} times {after} with no step committed in between ({reasons})"
-        )
+        return Refuse(f"rank {rank} died {len(own)} times {after} with no step committed in between ({reasons})")
     return Replace()
 
 

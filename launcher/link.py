@@ -3,8 +3,8 @@
     rank ──{"hello": {rank, incarnation, pid}}──▶ agent ──{"welcome": {...}} + lease page──▶ rank
     rank ──{"config_error"} | {"done"}─────────▶        ──{"coordinator": "host:port"}────▶
 
-The open connection is also the rank's lifeline: its end tells the rank that the agent is gone. JSON lines over
-an abstract unix socket; only processes of our own user are heard. All calls are made by the loop's thread.
+The open connection is also the rank's lifeline: its end tells the rank that the agent is gone. JSON lines
+over an abstract unix socket; only processes of our own user are heard. All calls are the loop thread's.
 """
 
 from __future__ import annotations

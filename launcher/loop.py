@@ -99,7 +99,7 @@ class Loop:
     def _run(self) -> None:
         while self._running:
             for key, _ in self._selector.select(self._timeout()):
-                # An earlier callback of this round may have closed the descriptor, or even re-used its number.
+                # An earlier callback of this round may have closed the descriptor, or re-used its number.
                 if self._selector.get_map().get(key.fd) is key:
                     self._guarded(key.data)
             self._run_due()

@@ -18,69 +18,17 @@ No socket, clock or thread: time is passed in, actions are carried out by coordi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from holdfast.proto.ids import NO_STEP
 from holdfast.runtime.recovery.decide import Impossible, Report, Source, decide_resume
 
+from .actions import Action, Announce, Fence, Form, Record, StopJob, StoreAll
+from .recovery import Recovery
+
 SUSPECT_GRACE_NS = 500_000_000
 """How long a broken connection without a known death waits for the agent to name the dead."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fence:
-    """To every rank with a session: leave what is older than `generation` and join it."""
-
-    generation: int
-    reason: str
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """To every rank that joined: the generation stands."""
-
-    generation: int
-    members: tuple[tuple[int, int, str, Source], ...]  # rank, incarnation, host, where its state comes from
-    resume_step: int
-    fresh: bool
-    solo: bool
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreAll:
-    """To every member: the collected addresses."""
-
-    generation: int
-    values: Mapping[str, bytes]
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StopJob:
-    """To all agents: the job cannot go on."""
-
-    exit_code: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One line of the event record; also the coordinator's log."""
-
-    event: dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """One line for the operator's terminal."""
-
-    line: str
-
-
-Action = Fence | Form | StoreAll | StopJob | Record | Announce
 
 
 class State(Enum):
@@ -100,7 +48,7 @@ class Slot:
     alive: bool = False
     connected: bool = False
     finished: bool = False
-    step: int = NO_STEP
+    step: int = int(NO_STEP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +60,6 @@ class Joined:
     plan: str
     compute: str
     until: int
-
-
-@dataclass(slots=True)
-class Recovery:
-    """A recovery under way: from the first signal to the first step committed after it."""
-
-    causes: list[dict[str, object]] = field(default_factory=list)
-    detected_ns: int = 0
-    last_progress_ns: int = 0
-    formed_ns: int = 0
-    restored_ns: int = 0
-    restored: set[int] = field(default_factory=set)
-    sources: dict[str, list[int]] = field(default_factory=dict)
-    resume_step: int = NO_STEP
-    step_before: int = NO_STEP
 
 
 class Membership:
@@ -148,7 +81,7 @@ class Membership:
         self._recovery: Recovery | None = None
         self._suspected: tuple[int, int, str] | None = None  # deadline, generation, reason
         self.recoveries = 0
-        self.step = NO_STEP
+        self.step = int(NO_STEP)
         self.loss = float("nan")
 
     # ---- agents -------------------------------------------------------------------------------------
@@ -174,7 +107,15 @@ class Membership:
         actions: list[Action] = []
         if source:
             actions.append(
-                Record({"event": "rank_started", "rank": rank, "incarnation": incarnation, "pid": pid, "source": source})
+                Record(
+                    {
+                        "event": "rank_started",
+                        "rank": rank,
+                        "incarnation": incarnation,
+                        "pid": pid,
+                        "source": source,
+                    }
+                )
             )
         if replaced:
             # The death itself was never heard of: the coordinator was away when the agent told it.
@@ -342,15 +283,7 @@ class Membership:
             self._recovery = Recovery(step_before=self.step)
         self.members = {}
         if self._recovery is not None:
-            recovery = self._recovery
-            recovery.restored, recovery.restored_ns, recovery.sources = set(), 0, {}
-            if cause is not None:
-                recovery.causes.append(cause)
-                if not recovery.detected_ns:
-                    detected, progress = cause.get("detected_ns"), cause.get("last_progress_ns")
-                    recovery.detected_ns = detected if isinstance(detected, int) and detected else now_ns
-                    recovery.last_progress_ns = progress if isinstance(progress, int) else 0
-            recovery.detected_ns = recovery.detected_ns or now_ns
+            self._recovery.begin_again(now_ns, cause)
         connected = tuple(rank for rank, slot in self.slots.items() if slot.connected and not slot.finished)
         return [
             Record({"event": "fence", "generation": self.generation, "reason": reason}),
@@ -399,38 +332,7 @@ class Membership:
     def _recovered(self, recovery: Recovery, step: int, committed_ns: int) -> list[Action]:
         self._recovery = None
         self.recoveries += 1
-
-        def span(start_ns: int, end_ns: int) -> float:
-            return round(max(0, end_ns - start_ns) / 1e6, 3) if start_ns and end_ns else 0.0
-
-        spans = {
-            "detect_ms": span(recovery.last_progress_ns, recovery.detected_ns),
-            "reform_ms": span(recovery.detected_ns, recovery.formed_ns),
-            "restore_ms": span(recovery.formed_ns, recovery.restored_ns),
-            "resume_ms": span(recovery.restored_ns, committed_ns),
-        }
-        total_ms = span(recovery.detected_ns, committed_ns)
-        lost = "; ".join(f"rank {cause['rank']} {cause['reason']}" for cause in recovery.causes) or "unknown"
-        event: dict[str, object] = {
-            "event": "recovery",
-            "generation": self.generation,
-            "causes": recovery.causes,
-            "resume_step": recovery.resume_step,
-            "step_before": recovery.step_before,
-            "first_step": step,
-            "exact": True,
-            "sources": {
-                rung: {"ranks": n, "bytes": size, "pieces": pieces}
-                for rung, (n, size, pieces) in sorted(recovery.sources.items())
-            },
-            "total_ms": total_ms,
-            **spans,
-        }
-        steps = ", ".join(f"{name[:-3]} {value:.0f}" for name, value in spans.items())
-        line = (
-            f"recovered in {total_ms:.0f} ms ({steps} ms): {lost}; resumed from step {recovery.resume_step}, "
-            f"step {step} committed; exact"
-        )
+        event, line = recovery.ended(self.generation, step, committed_ns)
         return [Record(event), Announce(line)]
 
     def status(self) -> dict[str, object]:
@@ -460,8 +362,8 @@ class Membership:
 
 def _mismatch(joins: Mapping[int, Joined]) -> str:
     """Why these processes cannot train together, or ''."""
-    for what, get in (("plan", lambda j: j.plan), ("numerics", lambda j: j.compute), ("last step", lambda j: j.until)):
-        values = {rank: get(joined) for rank, joined in sorted(joins.items())}
+    for what, field_name in (("plan", "plan"), ("numerics", "compute"), ("last step", "until")):
+        values = {rank: getattr(joined, field_name) for rank, joined in sorted(joins.items())}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
             return f"the ranks disagree on the {what} ({listed}); all must run the same script, arguments and build"

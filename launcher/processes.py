@@ -1,13 +1,14 @@
-"""Processes as the kernel shows them: /proc, pidfd, sessions, orphans, and ranks that we did not fork ourselves.
+"""Processes as the kernel shows them: /proc, pidfd, sessions, orphans, and ranks forked by others.
 
-    subreaper    a process whose parent died becomes our child: standbys (forked twice by the zygote) on purpose,
-                 leftovers of dead ranks by accident; both can then be waited for
+    subreaper    a process whose parent died becomes our child: standbys (forked twice by the zygote) on
+                 purpose, leftovers of dead ranks by accident; both can then be waited for
     ProcStat     one pread of /proc/PID/stat tells a death 1-2 ms after the kill, long before pidfd and EOF,
                  which come only after the memory is torn down (82 ms per GiB, measured)
     RankHandler  what torch's SubprocessContext keeps per rank, over a Popen or an adopted process
 
-Not here: who dies and who is replaced. Invariants: an exit status is collected by one place only per process
-(`poll` of its handle); orphans are reaped only from foreign sessions, so a library's own Popen is never robbed.
+Not here: who dies and who is replaced. Invariants: an exit status is collected by one place only per
+process (`poll` of its handle); orphans are reaped only from foreign sessions, so a library's own Popen is
+never robbed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -69,7 +71,7 @@ def read_stat(pid: int) -> ProcStat | None:
 
 
 def start_ticks(pid: int) -> int:
-    """When the process started, in the kernel's ticks; tells a process from a later one with its pid. 0: none."""
+    """When the process started, in ticks; tells it from a later one with its pid. 0: there is none."""
     try:
         data = Path(f"/proc/{pid}/stat").read_bytes()
         return int(data[data.rindex(b")") + 2 :].split()[19])
@@ -110,6 +112,17 @@ def kill_group(pid: int) -> None:
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def kill_leaders(spared: Iterable[int]) -> None:
+    """SIGKILL and collect every child of ours that leads a session: ranks of a start that was broken off."""
+    keep = set(spared)
+    for pid in children():
+        stat = read_stat(pid)
+        if stat is not None and stat.session == pid and pid not in keep:
+            kill_group(pid)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def kill_sessions(sessions: Iterable[int]) -> list[int]:
@@ -181,14 +194,12 @@ class RankHandler:
 
 
 @contextlib.contextmanager
-def append_logs(stdout: str, stderr: str) -> Any:
+def append_logs(stdout: str, stderr: str) -> Iterator[tuple[int | None, ...]]:
     """Open a rank's log files for appending ("" means: inherited). Yields two descriptors or None each."""
     with contextlib.ExitStack() as stack:
-        opened: list[int | None] = []
-        for path in (stdout, stderr):
-            # torch's own handler truncates, which would lose the earlier incarnation and break its tail.
-            opened.append(stack.enter_context(open(path, "ab")).fileno() if path else None)
-        yield opened[0], opened[1]
+        # torch's own handler truncates, which would lose the earlier incarnation and break its tail.
+        files = [stack.enter_context(open(path, "ab")) if path else None for path in (stdout, stderr)]
+        yield tuple(file.fileno() if file is not None else None for file in files)
 
 
 def spawn_rank(
@@ -196,15 +207,11 @@ def spawn_rank(
 ) -> RankHandler:
     """Start a fresh process for a rank, in its own session, its logs appended."""
     with append_logs(stdout, stderr) as (out, err):
-        proc = subprocess.Popen(
-            list(command), env=dict(environment), stdout=out, stderr=err, start_new_session=True
-        )
+        proc = subprocess.Popen(list(command), env=dict(environment), stdout=out, stderr=err, start_new_session=True)
     return RankHandler(local_rank, proc)
 
 
-def signal_name(number: int) -> str:
-    """Name of a signal number."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+def tell(line: str) -> None:
+    """One line for the operator. Whoever closed our stderr wants none, and must not end the job by it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"[holdfast] {line}", file=sys.stderr, flush=True)

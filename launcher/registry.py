@@ -46,9 +46,7 @@ def directory() -> Path:
     except OSError as error:
         raise ConfigError(f"cannot create {path}: {error.strerror}; set XDG_RUNTIME_DIR") from None
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise ConfigError(
-            f"{path} must be a directory of yours with mode 0700; remove it or set XDG_RUNTIME_DIR"
-        )
+        raise ConfigError(f"{path} must be a directory of yours with mode 0700; remove it or set XDG_RUNTIME_DIR")
     return path
 
 

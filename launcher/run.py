@@ -12,15 +12,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib
 import importlib.util
+import io
 import os
 import re
 import secrets
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, NoReturn
 
 from holdfast.proto.errors import ConfigError, HoldfastError
@@ -28,6 +32,7 @@ from holdfast.proto.faults import parse_faults
 
 from . import registry
 from .detector import Limits
+from .processes import tell
 
 MANAGED_BUDGET: Final = 1000
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
@@ -137,14 +142,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     arguments = build_parser().parse_args(list(argv))
     for name in ("lease_min", "lease_start", "lease_user", "stop_grace"):
         if not getattr(arguments, name) > 0:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} must be above 0 seconds, got {getattr(arguments, name)}"
-            )
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0 seconds, got {getattr(arguments, name)}")
     if arguments.standbys < 0:
         raise ConfigError(f"--standbys must be 0 or more, got {arguments.standbys}")
     if arguments.max_restarts is not None and arguments.max_restarts < 0:
         raise ConfigError(f"--max-restarts must be 0 or more, got {arguments.max_restarts}")
-    if not re.fullmatch(r"\S+:\d{1,5}", arguments.coordinator_bind):
+    host, _, port = arguments.coordinator_bind.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--coordinator-bind is HOST:PORT, got {arguments.coordinator_bind!r}")
     try:
         parse_faults(arguments.faults)
@@ -196,9 +200,7 @@ def _check_torchrun(arguments: argparse.Namespace) -> None:
         try:
             Std.from_str(getattr(arguments, name))
         except ValueError:
-            raise ConfigError(
-                f"--{name} is 0..3 or RANK:0..3,..., got {getattr(arguments, name)!r}"
-            ) from None
+            raise ConfigError(f"--{name} is 0..3 or RANK:0..3,..., got {getattr(arguments, name)!r}") from None
     if arguments.module and arguments.no_python:
         raise ConfigError("--module and --no-python exclude each other")
     if processes > 1:
@@ -243,9 +245,7 @@ class RunFolder:
             if not arguments.log_dir:
                 folder = self._private = Path(tempfile.mkdtemp(prefix="holdfast-logs-"))
         else:
-            self.events = (
-                Path(arguments.events).absolute() if arguments.events else folder.absolute() / "events.jsonl"
-            )
+            self.events = Path(arguments.events).absolute() if arguments.events else folder.absolute() / "events.jsonl"
         self.folder = folder.absolute()
         try:
             for path in {self.folder, *([self.events.parent] if self.events else [])}:
@@ -253,9 +253,7 @@ class RunFolder:
             if self.events is not None:
                 _set_aside(self.events)
         except OSError as error:
-            raise ConfigError(
-                f"cannot write {error.filename}: {error.strerror}; give --log-dir or --events"
-            ) from None
+            raise ConfigError(f"cannot write {error.filename}: {error.strerror}; give --log-dir or --events") from None
         arguments.log_dir = arguments.log_dir or str(self.folder)
 
     def _make(self, path: Path) -> None:
@@ -263,10 +261,8 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self._made += missing  # deepest first
 
-    def tidy(self, *, keep_events: bool) -> None:
-        """At the end: take away empty folders, and the record of a job in which nothing was recorded."""
-        if self.events is not None and not keep_events:
-            self.events.unlink(missing_ok=True)
+    def tidy(self) -> None:
+        """At the end: take away what is empty."""
         for root in (self._private, *self._made):
             if root is None or not root.is_dir():
                 continue
@@ -290,36 +286,67 @@ def _set_aside(path: Path) -> None:
 
 def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Run the job to its end. Raises Stopped for every end but a good one."""
-    import torch.distributed.launcher.api as api
+    from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from .agent import HoldfastAgent, Options, self_test
-
-    mismatch = self_test()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # --tee into a pipe or a file: lines as they come
     folder = RunFolder(arguments, fields["job"])
     if arguments.max_restarts is None:
         arguments.max_restarts = 0
     # Stock restarts of the whole group find the dead ranks' addresses in the shared store and fail with gloo.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    stock = api.LocalElasticAgent
-    if mismatch is None:
-        options = Options(events=folder.events, run_dir=folder.folder, **fields)
-        api.LocalElasticAgent = partial(HoldfastAgent, options=options)  # type: ignore[misc, assignment]
-    else:
-        print(f"[holdfast] {mismatch}: ranks are not replaced, this is plain torchrun", file=sys.stderr)
     try:
-        record(torchrun.run)(arguments)
+        with _signals(arguments.signals_to_handle), _agent(folder, fields):
+            record(torchrun.run)(arguments)
     except ChildFailedError as error:
         raise Stopped(1, f"the job failed\n{error}") from None
     except SignalException as error:
         raise Stopped(1, f"stopped by {error.sigval.name}") from None
-    except HoldfastError as error:
-        raise Stopped(error.exit_code, str(error)) from None
+    except (RendezvousError, DistError) as error:
+        raise Stopped(1, f"no rendezvous: {str(error).splitlines()[0]}") from None
     finally:
-        api.LocalElasticAgent = stock  # type: ignore[misc]
-        folder.tidy(keep_events=True)
+        folder.tidy()
+
+
+@contextlib.contextmanager
+def _agent(folder: RunFolder, fields: dict[str, Any]) -> Iterator[None]:
+    """Our agent in the place of torch's, if torch is as we know it."""
+    from .agent import HoldfastAgent, Options, self_test
+
+    launcher: Any = importlib.import_module("torch.distributed.launcher.api")
+    mismatch = self_test()
+    if mismatch is not None:
+        tell(f"{mismatch}: ranks are not replaced, this is plain torchrun")
+        yield
+        return
+    stock = launcher.LocalElasticAgent
+    options = Options(events=folder.events, run_dir=folder.folder, **fields)
+    launcher.LocalElasticAgent = partial(HoldfastAgent, options=options)
+    try:
+        yield
+    finally:
+        launcher.LocalElasticAgent = stock
+
+
+@contextlib.contextmanager
+def _signals(names: str) -> Iterator[None]:
+    """Death signals raise from the beginning: torch sets its handlers only when the ranks start."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
+
+    known = [name.strip() for name in names.split(",") if name.strip() in signal.Signals.__members__]
+    before = {name: signal.signal(signal.Signals[name], stop) for name in known}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(signal.Signals[name], handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -331,9 +358,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopped.message:
             print(f"holdfast: error: {stopped.message}", file=sys.stderr)
         return stopped.code
-    except ConfigError as error:
+    except HoldfastError as error:
         print(f"holdfast: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130  # nothing had started
     return 0
 
 

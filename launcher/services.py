@@ -1,6 +1,6 @@
-"""The processes beside the ranks: the coordinator and the snapshot manager, started together, restarted if they die.
+"""The processes beside the ranks: coordinator and snapshot manager, restarted if they die.
 
-    begin() starts the process ──▶ await_ready() once, at the start of the job ──▶ adopt(loop): watched from then on
+    begin(): started ──▶ await_ready(): once, at the start of the job ──▶ adopt(loop): watched from then on
 
 Both are started in their own session, so that Ctrl-C reaches only the agent, which ends them in order. The
 coordinator's lifeline is its standard input; the snapshot manager is *meant* to outlive the agent for a while
@@ -25,6 +25,7 @@ from holdfast.proto import env
 from holdfast.proto.errors import ConfigError, HoldfastError, JobFailed
 
 from .loop import Loop
+from .processes import tell
 
 START_DEADLINE_S: Final = 60.0
 BACKOFF_FIRST_S: Final = 0.1
@@ -66,9 +67,7 @@ def last_line(path: Path) -> str:
 class Coordinator:
     """The coordinator's process, on the first host of the job."""
 
-    def __init__(
-        self, *, bind: str, job: str, world_size: int, events: Path, token: str, directory: Path
-    ) -> None:
+    def __init__(self, *, bind: str, job: str, world_size: int, events: Path, token: str, directory: Path) -> None:
         self.address = ""
         self._bind = bind
         self._command = ["--job", job, "--world-size", str(world_size), "--events", str(events)]
@@ -115,7 +114,8 @@ class Coordinator:
 
     def await_ready(self) -> str:
         """Wait until it listens; returns its address. Raises ConfigError if it refuses its arguments."""
-        assert self._ready is not None and self._proc is not None
+        assert self._ready is not None
+        assert self._proc is not None
         select.select([self._ready], [], [], START_DEADLINE_S)
         if not self._take_address():
             code = self._proc.poll()
@@ -164,12 +164,14 @@ class Coordinator:
         return True
 
     def _watch(self) -> None:
-        assert self._loop is not None and self._proc is not None
+        assert self._loop is not None
+        assert self._proc is not None
         self._pidfd = os.pidfd_open(self._proc.pid)
         self._loop.watch(self._pidfd, self._ended)
 
     def _ended(self) -> None:
-        assert self._loop is not None and self._proc is not None
+        assert self._loop is not None
+        assert self._proc is not None
         self._loop.unwatch(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
@@ -184,7 +186,7 @@ class Coordinator:
             self._bind = self._bind.rpartition(":")[0] + ":0"  # somebody took the port meanwhile
         said = last_line(self._log) if code > 0 else ""
         detail = f": {said}" if said else ""
-        print(f"[holdfast] the coordinator ended (exit {code}{detail}); restarting it", file=sys.stderr)
+        tell(f"the coordinator ended (exit {code}{detail}); restarting it")
         self._loop.later(self._backoff.next_s(), self._restart)
 
     def _restart(self) -> None:
@@ -195,7 +197,8 @@ class Coordinator:
         self._loop.watch(self._ready.fileno(), self._ready_again)
 
     def _ready_again(self) -> None:
-        assert self._loop is not None and self._ready is not None
+        assert self._loop is not None
+        assert self._ready is not None
         self._loop.unwatch(self._ready.fileno())
         ready = self._ready
         line = ready.readline()
@@ -303,7 +306,8 @@ class SnapshotManager:
     # ---- callbacks ----------------------------------------------------------------------------------
 
     def _ended(self) -> None:
-        assert self._loop is not None and self._proc is not None
+        assert self._loop is not None
+        assert self._proc is not None
         self._loop.unwatch(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
@@ -312,7 +316,7 @@ class SnapshotManager:
             with contextlib.suppress(HoldfastError, OSError):
                 self._client.close()
             self._client = None
-        print(f"[holdfast] the snapshot manager ended (exit {code}); restarting it", file=sys.stderr)
+        tell(f"the snapshot manager ended (exit {code}); restarting it")
         self._loop.later(self._backoff.next_s(), self._restart)
 
     def _restart(self) -> None:

@@ -1,4 +1,4 @@
-"""The agent's stream to the coordinator, kept open for as long as the job runs, whichever process that is now.
+"""The agent's stream to the coordinator, kept open while the job runs, whichever process that is now.
 
     started(rank), exited(rank) ──▶ outbox ──▶ AgentSession stream ──▶ coordinator
     on_order(order)             ◀──────────────                    ◀──
@@ -96,10 +96,9 @@ class CoordinatorSession:
                 if self._closed:
                     return
                 address = self._address
-            try:
+            # A broken stream is no news: the coordinator's process is watched elsewhere.
+            with contextlib.suppress(grpc.RpcError):
                 self._stream(address)
-            except grpc.RpcError:
-                pass  # the coordinator went away: its process is watched elsewhere
             failed = address
 
     def _stream(self, address: str) -> None:
@@ -124,16 +123,12 @@ class CoordinatorSession:
         with contextlib.suppress(Empty):
             while True:
                 unsent.append(self._outbox.get_nowait())
-        unsent = [
-            message for message in unsent if message is not None and message.WhichOneof("body") != "hello"
-        ]
+        unsent = [message for message in unsent if message is not None and message.WhichOneof("body") != "hello"]
         # A rank with news tells its story in order (its death, then its replacement); the others are listed.
         news = {getattr(message, message.WhichOneof("body")).rank for message in unsent}
         ranks = [started for rank, started in sorted(self._live.items()) if rank not in news]
         outbox: SimpleQueue[Any] = SimpleQueue()
-        outbox.put(
-            pb.AgentMessage(hello=pb.AgentHello(host=self._host, ranks=ranks, world_size=self._world_size))
-        )
+        outbox.put(pb.AgentMessage(hello=pb.AgentHello(host=self._host, ranks=ranks, world_size=self._world_size)))
         told = [pb.AgentMessage(exited=exited) for rank, exited in self._finished.items() if rank not in news]
         for message in unsent + told:
             outbox.put(message)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .loop import Loop
-from .processes import AdoptedProcess, RankHandler, append_logs, kill_group
+from .processes import AdoptedProcess, RankHandler, append_logs, kill_group, tell
 from .zygote import FORK, Assignment
 
 ZYGOTE_STARTS: Final = 3
@@ -65,11 +65,6 @@ class StandbyPool:
         return self._warm and self._control is not None
 
     @property
-    def ready(self) -> int:
-        """Standbys that can be taken at once."""
-        return len(self._ready)
-
-    @property
     def pids(self) -> list[int]:
         """Zygote and standbys."""
         zygote = [self._zygote.pid] if self._zygote is not None else []
@@ -94,9 +89,9 @@ class StandbyPool:
         self._loop.watch(ours.fileno(), self._zygote_ended)
         self.refill()
 
-    def refill(self, extra: int = 0) -> None:
-        """Ask for as many standbys as the target (and `extra`) still lacks."""
-        for _ in range(self._target + extra - len(self._ready) - len(self._pending)):
+    def refill(self, at_least: int = 0) -> None:
+        """Ask for as many standbys as are still lacking, to have the target, or `at_least` so many."""
+        for _ in range(max(self._target, at_least) - len(self._ready) - len(self._pending)):
             if self._control is None:
                 return
             ours, theirs = socket.socketpair()
@@ -110,9 +105,7 @@ class StandbyPool:
             self._pending.append(standby)
             self._loop.watch(ours.fileno(), lambda standby=standby: self._on_standby(standby))  # type: ignore[misc]
 
-    def assign(
-        self, local_rank: int, assignment: Assignment, *, stdout: str, stderr: str
-    ) -> RankHandler | None:
+    def assign(self, local_rank: int, assignment: Assignment, *, stdout: str, stderr: str) -> RankHandler | None:
         """Make a standby a rank; None if there is none (or none that listens)."""
         while self._ready:
             standby = self._ready.popleft()
@@ -168,10 +161,9 @@ class StandbyPool:
         self._on_change()
 
     def _zygote_ended(self) -> None:
-        assert self._control is not None and self._zygote is not None
-        with contextlib.suppress(BlockingIOError):
-            if self._control.recv(64):
-                return
+        # It never says anything: readable means that it is gone.
+        assert self._control is not None
+        assert self._zygote is not None
         self._loop.unwatch(self._control.fileno())
         self._control.close()
         self._control, self._warm = None, False
@@ -184,7 +176,5 @@ class StandbyPool:
         if self._starts < ZYGOTE_STARTS:
             self._loop.later(1.0, self.start)
         else:
-            print(
-                "[holdfast] the zygote keeps failing: replacements start as fresh processes", file=sys.stderr
-            )
+            tell("the zygote keeps failing: replacements start as fresh processes")
         self._on_change()

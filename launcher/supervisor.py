@@ -1,4 +1,4 @@
-"""The supervisor: what happens on this host when a rank says hello, dies, hangs, or the coordinator orders something.
+"""The supervisor: what happens when a rank of this host says hello, dies or hangs, or an order comes.
 
     torch's main thread ── attach, view, freeze, close ──▶ ┌────────────┐ ◀── agent socket, watcher tick
     coordinator session ── orders ──────────────────────▶ │ Supervisor │ ──▶ zygote, coordinator, session
@@ -7,7 +7,7 @@ Everything but the four calls of the main thread runs in the loop's thread. One 
 slots, torch's handler table and its worker ids. Invariants:
 
 * after `freeze` returns no process is put into a slot any more: shutdown never races a replacement;
-* a lost process is fenced (killed, its connection closed, its lease page dropped) before its slot is given away;
+* a lost process is fenced (killed, connection closed, lease page dropped) before its slot is given away;
 * a job none of whose ranks ever said hello is torchrun's alone: nothing here touches its ranks.
 """
 
@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from holdfast.proto import env
 from holdfast.proto.errors import ConfigError, HoldfastError, JobFailed
 from holdfast.proto.faults import FaultKind
 from holdfast.proto.gen import control_pb2 as pb
@@ -32,28 +30,16 @@ from holdfast.proto.lease import Word
 from .detector import Death, Health, Limits, Refuse, Verdict, decide_replacement
 from .link import AgentSocket, Welcome
 from .loop import Loop
-from .processes import RankHandler, kill_sessions, reap_orphans, spawn_rank
+from .processes import kill_sessions, reap_orphans, tell
 from .session import CoordinatorSession
 from .standby import StandbyPool
+from .starter import Program, Started, Starter
 from .watcher import TICK_S, Page, Slot, State, Watcher, exit_fields
-from .zygote import Assignment
 
 REFILL_S: Final = 2.0  # standbys are refilled when the rank has committed again, at the latest after this
-FORK_WAIT_S: Final = 1.0  # longest wait for a fork of a warm zygote before a fresh process is started
 HOUSEKEEPING_S: Final = 1.0
+UNKILLABLE_S: Final = 30.0
 QUIET_WAIT_NS: Final = 30_000_000_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """How one rank is started: by command, and if it is a plain Python program, what a standby must run."""
-
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
-    stdout: str
-    stderr: str
-    error_file: str
-    python: tuple[tuple[str, ...], bool] | None  # argv and whether it is a module
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,40 +84,39 @@ class Supervisor:
         self._managed = False
         self._stop: HoldfastError | None = None
         self._watcher = Watcher(limits)
-        self._programs: dict[int, Program] = {}
         self._torch = Torch()
-        self._waiting: list[tuple[Slot, float]] = []
         self._corpses: list[Any] = []
         self._sessions: set[int] = set()
         self._refill: Refill | None = None
         self._used = 0
         self._best_step = -1
+        self._refused_at = 0.0
         self._quiet_told = False
         self._link: AgentSocket | None = None
         self._pool: StandbyPool | None = None
-        self.coordinator = ""
-        self.service_pids: list[int] = []
+        self._starter = Starter(None)
+        self._service_pids: Callable[[], list[int]] = list
+        self.attached = False  # whether every rank that torch has started is known here
 
     # ---- main thread --------------------------------------------------------------------------------
 
-    def listen(self, name: str, pool: StandbyPool | None) -> None:
-        """Open the agent socket; before the loop starts."""
+    def listen(self, name: str, pool: StandbyPool | None, service_pids: Callable[[], list[int]]) -> None:
+        """Open the agent socket, before the loop starts. `service_pids`: children that others wait for."""
+        self._service_pids = service_pids
         self._link = AgentSocket(self._loop, name, on_hello=self._on_hello, on_message=self._on_message)
-        self._pool = pool
+        self._pool, self._starter = pool, Starter(pool)
         if pool is not None:
             pool.start()
         self._loop.later(HOUSEKEEPING_S, self._housekeep)
 
-    def attach(
-        self, handlers: dict[int, Any], workers: list[Any], programs: dict[int, Program], epoch: int
-    ) -> None:
+    def attach(self, handlers: dict[int, Any], workers: list[Any], programs: dict[int, Program], epoch: int) -> None:
         """torch has started (or restarted) all ranks; `epoch` is their common incarnation."""
         with self._lock:
             self._torch = Torch(handlers, workers)
-            self._programs = programs
+            self._starter.programs = programs
+            self._starter.forget()
             self._watcher.close()
-            self._waiting.clear()
-            self._managed = False
+            self._refill, self._managed = None, False
             now_ns = time.monotonic_ns()
             for local_rank, handler in handlers.items():
                 rank = int(workers[local_rank].global_rank)
@@ -140,7 +125,7 @@ class Supervisor:
                 self._watcher.slots[local_rank] = slot
                 self._sessions.add(slot.proc.pid)
                 self._tell_started(slot, "fresh")
-            self._frozen = False
+            self._frozen, self.attached = False, True
 
     def view(self) -> View:
         """State of the job, consistent while the caller holds `locked()`."""
@@ -150,12 +135,15 @@ class Supervisor:
 
     def locked(self) -> threading.RLock:
         """The lock under which torch's tables do not change."""
-        return self._lock  # type: ignore[return-value]
+        return self._lock
 
     def freeze(self) -> None:
         """No replacement from now on. When this returns, none is under way either."""
         with self._lock:
             self._frozen = True
+            if self._managed:
+                for slot in self._watcher.slots.values():
+                    slot.resume()  # a stopped process would make the shutdown wait for its timeout
 
     def close(self) -> None:
         """Once torch has ended the ranks and the loop has stopped: end what is left, free everything."""
@@ -183,7 +171,7 @@ class Supervisor:
                         self._managed = True
                         self._loop.every(TICK_S, self._tick)
                     slot.hello = True
-                    return Welcome(slot.local_rank, {"coordinator": self.coordinator}, slot.page.fd)
+                    return Welcome(slot.local_rank, {"coordinator": self._starter.coordinator}, slot.page.fd)
         return None
 
     def _on_message(self, local_rank: int, message: dict[str, Any]) -> None:
@@ -192,9 +180,18 @@ class Supervisor:
         if message.get("done"):
             self._watcher.slots[local_rank].done = True
 
+    @property
+    def coordinator(self) -> str:
+        """Where the coordinator listens, for processes that are started now."""
+        return self._starter.coordinator
+
+    def set_coordinator(self, address: str) -> None:
+        """The coordinator listens there; before the loop starts."""
+        self._starter.coordinator = address
+
     def on_coordinator_moved(self, address: str) -> None:
         """The coordinator listens somewhere else now."""
-        self.coordinator = address
+        self._starter.coordinator = address
         self._session.moved(address)
         if self._link is not None:
             self._link.push({"coordinator": address})
@@ -207,13 +204,12 @@ class Supervisor:
                 return
             for slot, verdict in list(self._watcher.verdicts()):
                 self._lost(slot, verdict, now_ns)
-            if self._waiting:
-                self._serve_waiting()
+            self._serve_waiting()
             if self._refill is not None:
                 self._refill_if_due()
 
     def _lost(self, slot: Slot, verdict: Verdict, now_ns: int) -> None:
-        """A slot's process is dead, dying, or about to be killed. The coordinator hears of it first of all."""
+        """A slot's process is dead, dying, or about to be killed. The coordinator hears of it first."""
         assert self._link is not None
         self._link.drain(slot.local_rank)  # what it said last may be why it ended
         if self._stop is not None:
@@ -229,70 +225,34 @@ class Supervisor:
         slot.deaths.append(Death(self._best_step, verdict.reason, slot.injected))
         decision = decide_replacement(slot.rank, slot.deaths, self._used, self._budget)
         if isinstance(decision, Refuse):
-            slot.state = State.REFUSED
-            print(f"[holdfast] {decision.reason}", file=sys.stderr)
+            slot.state, self._refused_at = State.REFUSED, time.monotonic()
+            tell(decision.reason)
             return
         slot.state = State.REPLACING
         self._used += 1
         self._replace(slot)
 
     def _replace(self, slot: Slot) -> None:
-        source = "standby"
-        handler = self._from_standby(slot)
-        if (
-            handler is None
-            and self._pool is not None
-            and self._pool.warm
-            and self._programs[slot.local_rank].python
-        ):
-            self._pool.refill(extra=len(self._waiting) + 1)
-            self._waiting.append((slot, time.monotonic() + FORK_WAIT_S))
-            return
-        if handler is None:
-            source, handler = "fresh", self._fresh(slot)
-        self._install(slot, handler, source)
+        started = self._starter.launch(slot)
+        if started is not None:
+            self._install(slot, started)
 
     def _serve_waiting(self) -> None:
-        """Slots that wait for a fork get the standbys that have come, or a fresh process after the deadline."""
-        waiting, self._waiting = self._waiting, []
-        for slot, deadline in waiting:
-            handler = self._from_standby(slot)
-            if handler is not None:
-                self._install(slot, handler, "standby")
-            elif time.monotonic() < deadline and self._pool is not None and self._pool.warm:
-                self._waiting.append((slot, deadline))
-            else:
-                self._install(slot, self._fresh(slot), "fresh")
+        """Slots that wait for a fork get it if it has come, or a fresh process if that took too long."""
+        for slot in self._watcher.slots.values():
+            if slot.state is State.REPLACING:
+                self._replace(slot)
 
-    def _from_standby(self, slot: Slot) -> RankHandler | None:
-        program = self._programs[slot.local_rank]
-        if program.python is None or self._pool is None or not self._pool.ready:
-            return None
-        argv, is_module = program.python
-        assignment = Assignment(self._environment(slot), list(argv), is_module, os.getcwd())
-        return self._pool.assign(slot.local_rank, assignment, stdout=program.stdout, stderr=program.stderr)
-
-    def _fresh(self, slot: Slot) -> RankHandler:
-        program = self._programs[slot.local_rank]
-        environment = self._environment(slot)
-        return spawn_rank(
-            slot.local_rank, program.command, environment, stdout=program.stdout, stderr=program.stderr
-        )
-
-    def _environment(self, slot: Slot) -> dict[str, str]:
-        changed = {env.COORDINATOR: self.coordinator, env.INCARNATION: str(slot.incarnation + 1)}
-        return {**self._programs[slot.local_rank].environment, **changed}
-
-    def _install(self, slot: Slot, handler: RankHandler, source: str) -> None:
+    def _install(self, slot: Slot, started: Started) -> None:
         """Give the slot to the new process: in torch's tables, in ours, and in what others are told."""
-        program = self._programs[slot.local_rank]
+        handler = started.handler
         old = self._torch.handlers[slot.local_rank]
         self._torch.handlers[slot.local_rank] = handler
         self._torch.workers[slot.local_rank].id = handler.proc.pid
         for log in (old._stdout, old._stderr):
             if log is not None:
                 log.close()
-        _keep_error_file(program.error_file, slot.incarnation)
+        _keep_error_file(self._starter.programs[slot.local_rank].error_file, slot.incarnation)
         self._corpses.append(old.proc)
         slot.close()
         fired = slot.page.lease.get(Word.FIRED_MASK)
@@ -303,7 +263,7 @@ class Supervisor:
         slot.open(self._watcher.clock_ns)
         slot.state = State.RUNNING
         self._sessions.add(handler.proc.pid)
-        self._tell_started(slot, source)
+        self._tell_started(slot, started.source)
         self._refill = Refill(slot, slot.incarnation, time.monotonic())
 
     def _tell_started(self, slot: Slot, source: str) -> None:
@@ -340,15 +300,12 @@ class Supervisor:
                 refused = order.stop.exit_code == 2
                 self._end_job(ConfigError(order.stop.reason) if refused else JobFailed(order.stop.reason))
             case "recovered":
-                print(f"[holdfast] {order.recovered.line}", file=sys.stderr, flush=True)
+                tell(order.recovered.line)
 
     def _inject(self, rank: int, kind: str) -> None:
         slot = self._slot_of(rank)
         if slot is None or kind.upper() not in FaultKind.__members__:
-            print(
-                f"[holdfast] fault {kind!r} for rank {rank} not injected: no such rank or kind",
-                file=sys.stderr,
-            )
+            tell(f"fault {kind!r} for rank {rank} not injected: no such rank or kind")
             return
         slot.ordered = True
         fault = FaultKind[kind.upper()]
@@ -372,42 +329,45 @@ class Supervisor:
     def on_pool_change(self) -> None:
         """A standby came or went."""
         with self._lock:
-            if self._waiting and not self._frozen:
+            if not self._frozen:
                 self._serve_waiting()
 
     def on_crash(self, error: BaseException) -> None:
         """A callback raised: a bug of ours. The job ends in order instead of hanging."""
-        traceback.print_exception(error)
+        if self._stop is None:
+            traceback.print_exception(error)
         self._end_job(JobFailed(f"the agent failed: {type(error).__name__}: {error}", host=self._host))
 
     def _refill_if_due(self) -> None:
         """Refill once the replaced rank has committed: until then the cores are for the recovery."""
         refill = self._refill
         assert refill is not None
-        committed = (
-            refill.slot.page.lease.get(Word.COMMIT_NS) != 0 or refill.slot.incarnation != refill.incarnation
-        )
+        committed = refill.slot.page.lease.get(Word.COMMIT_NS) != 0 or refill.slot.incarnation != refill.incarnation
         if committed or time.monotonic() - refill.since > REFILL_S:
             self._refill = None
-            if self._pool is not None:
-                self._pool.refill()
+            self._starter.refill()
 
     def _housekeep(self) -> None:
         self._loop.later(HOUSEKEEPING_S, self._housekeep)
         self._corpses = [corpse for corpse in self._corpses if corpse.poll() is None]
         self._reap()
-        if self._pool is not None and self._refill is None and self._pool.warm:
-            self._pool.refill()
+        if self._refill is None:
+            self._starter.refill()
+        self._give_up_if_unkillable()
         waiting_ns = self._watcher.all_waiting_ns() if self._managed else 0
         if waiting_ns > QUIET_WAIT_NS and not self._quiet_told:
-            print(
-                f"[holdfast] all ranks of {self._host} wait for peers since {waiting_ns // 10**9} s",
-                file=sys.stderr,
-            )
+            tell(f"all ranks of {self._host} wait for peers since {waiting_ns // 10**9} s")
         self._quiet_told = waiting_ns > QUIET_WAIT_NS
 
+    def _give_up_if_unkillable(self) -> None:
+        """torch waits for the exit of the rank that failed the job; one stuck in the kernel never exits."""
+        for slot in self._watcher.slots.values():
+            if slot.state is State.REFUSED and time.monotonic() > self._refused_at + UNKILLABLE_S:
+                self._end_job(JobFailed("a killed rank does not end: it is stuck in the kernel", rank=slot.rank))
+
     def _reap(self) -> None:
-        known = [slot.proc.pid for slot in self._watcher.slots.values()] + self.service_pids
+        known = [slot.proc.pid for slot in self._watcher.slots.values()] + self._service_pids()
+        known += self._pool.pids if self._pool is not None else []
         known += [corpse.pid for corpse in self._corpses]
         known += [handler.proc.pid for handler in list(self._torch.handlers.values())]
         reap_orphans(known)

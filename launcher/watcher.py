@@ -120,6 +120,12 @@ class Slot:
         if self.proc.returncode is None:
             kill_group(self.proc.pid)
 
+    def resume(self) -> None:
+        """SIGCONT, if it runs."""
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGCONT)
+
     @property
     def phase(self) -> Phase:
         """What the rank last said it does; a value that no phase has counts as user code."""
@@ -211,9 +217,7 @@ class Watcher:
     def all_waiting_ns(self) -> int:
         """For how long all running ranks of this host have been blocked on peers; 0 if one is not."""
         running = [slot for slot in self.slots.values() if slot.state is State.RUNNING]
-        if not running or not all(
-            slot.hello and slot.phase is Phase.WAITING and not slot.done for slot in running
-        ):
+        if not running or not all(slot.hello and slot.phase is Phase.WAITING and not slot.done for slot in running):
             return 0
         return self.clock_ns - max(slot.marks.progress_at_ns for slot in running)
 

@@ -1,4 +1,4 @@
-"""The zygote: imports torch once, then forks warm standbys in milliseconds. `python -m holdfast.launcher.zygote FD`
+"""The zygote, `python -m holdfast.launcher.zygote FD`: imports torch once, then forks warm standbys.
 
     agent ──"fork" + socket──▶ zygote ──fork──▶ (intermediate, exits) ──fork──▶ standby, now the agent's child
     agent ◀──────{"ready": pid}──────────────────────────────────────────────── standby
@@ -80,30 +80,29 @@ def preload(modules: Sequence[str]) -> None:
     for name in (*PRELOADED, *_own_modules(), *modules):
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            if name in modules:
-                print(f"[holdfast] --preload {name}: {error}", file=sys.stderr)
+        except Exception as error:  # any module of any user: none of them may cost all the others
+            if name in modules or not isinstance(error, ImportError):
+                print(f"[holdfast] standbys cannot preload {name}: {error}", file=sys.stderr)
     # Never scanned again, in any child: the pages stay shared and a collection in a rank stays cheap.
     gc.collect()
     gc.freeze()
 
 
 def _own_modules() -> list[str]:
-    names = []
+    names: list[str] = []
     for package in OWN_PACKAGES:
         try:
             path = importlib.import_module(package).__path__
         except ImportError:
             continue
-        for module in pkgutil.walk_packages(path, package + ".", onerror=lambda name: None):
-            # Programs run at import only if they are broken, but there is nothing to gain from theirs.
-            if not module.name.endswith((".__main__", ".manager")):
-                names.append(module.name)
+        found = pkgutil.walk_packages(path, package + ".", onerror=lambda name: None)
+        # Programs are for other processes.
+        names += [module.name for module in found if not module.name.endswith((".__main__", ".manager"))]
     return names
 
 
 def serve(control: socket.socket) -> socket.socket:
-    """Fork on request until the agent is gone (then this process ends). Returns in each standby: its socket."""
+    """Fork on request until the agent is gone, then end. Returns in each standby: its socket."""
     while True:
         try:
             data, descriptors, _, _ = socket.recv_fds(control, 64, 1)
@@ -191,7 +190,7 @@ def _run_script(script: str) -> None:
 
 
 def run_to_exit(program: Callable[[], object]) -> NoReturn:
-    """Run the program and end this process as the interpreter would, only faster (saves 0.6 s of teardown)."""
+    """Run the program and end this process as the interpreter would, only faster (0.6 s, measured)."""
     code = 0
     try:
         program()

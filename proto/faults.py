@@ -5,7 +5,8 @@
 
 Points (`at=`): forward:M and backward:M (before microbatch M), exchange (gradient exchange), commit
 (before the barrier), optimizer (gradients final everywhere, update about to run), applied (updated, snapshot
-not begun), snapshot (first half of the state copied), user (between steps); in a recovery: join, build, restore.
+not begun), snapshot (first half of the state copied), user (between steps); in a recovery: join, build, restore (there
+`step` is the step of the rank's live state, so that a survivor can be hit: 0 for a replacement).
 """
 
 from __future__ import annotations

@@ -67,16 +67,12 @@ class Plan:
 
     def holders(self, unit: int) -> tuple[int, ...]:
         """Ranks that host `unit`, ascending: they exchange its gradient."""
-        return tuple(
-            sorted({hop.rank for path in self.paths for hop in path.hops if unit in hop.units})
-        )
+        return tuple(sorted({hop.rank for path in self.paths for hop in path.hops if unit in hop.units}))
 
     def microbatches_at(self, rank: int, unit: int) -> tuple[int, ...]:
         """Microbatches whose gradient of `unit` is computed at `rank`, ascending."""
         return tuple(
-            m
-            for m, path in enumerate(self.paths)
-            if any(hop.rank == rank and unit in hop.units for hop in path.hops)
+            m for m, path in enumerate(self.paths) if any(hop.rank == rank and unit in hop.units for hop in path.hops)
         )
 
     def digest(self) -> str:

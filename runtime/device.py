@@ -75,7 +75,7 @@ Device = CpuDevice | CudaDevice
 
 
 def choose_device(name: str | None, local_rank: int) -> Device:
-    """"cpu", "cuda" or None: a GPU if there is one for this local rank. Raises ConfigError."""
+    """ "cpu", "cuda" or None: a GPU if there is one for this local rank. Raises ConfigError."""
     if name not in (None, "cpu", "cuda"):
         raise ConfigError(f"device is 'cpu' or 'cuda', got {name!r}")
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0

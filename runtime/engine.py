@@ -11,9 +11,10 @@ only then may the half of an older one be overwritten.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from . import rng
 from .config import TrainerConfig
 from .data import Source, make_source
 from .device import choose_device, numerics_identity
-from .inject import Injector
+from .gather import HALVES, NO_GRADIENT, Gathered, merge, newest_common
 from .pipeline.exchange import exchange, exchange_ties, plan_exchanges
 from .pipeline.executor import Executor, Numerics, Outcome
 from .pipeline.planner import choose_grid, grid_plan
@@ -36,8 +37,9 @@ from .scaler import LossScaler
 from .snapshot import Snapshots
 from .state import ModelState, build_unit, check_layers, find_ties
 
-_NO_GRADIENT = -1.0
-"""Stands for the norm of a gradient that does not exist."""
+log = logging.getLogger(__name__)
+
+FINISH_TRIES = 3
 
 if TYPE_CHECKING:
     from .comm.group import Group
@@ -202,13 +204,14 @@ class Engine:
         self._executor.attach(group)
         if self._validation is not None:
             self._validation[0].attach(group)
-        mine = {"names": self.state.names(), "gate": self.gate()}
+        mine = {"names": self.state.names(), "gate": self.gate(), "halves": self.snapshots.steps()}
         everybody = [json.loads(row) for row in group.allgather_bytes(json.dumps(mine).encode())]
         self._names = [row["names"] for row in everybody]
         for key in self.gate():
             told = {rank: row["gate"][key] for rank, row in enumerate(everybody) if row["gate"][key] is not None}
             if len(set(map(str, told.values()))) > 1:
                 raise ConfigError(f"the ranks disagree on the {key} that they resume with: {told}")
+        self.snapshots.resumed(self.step, keep=newest_common([row["halves"] for row in everybody]))
         self._first_after_resume = True
         self._validated = None
 
@@ -229,9 +232,7 @@ class Engine:
         gathered = self._gather(group, outcome, gradients)
         self._commit(step, gathered, gradients, time.monotonic() - started)
 
-    def _exchange(
-        self, group: Group, outcome: Outcome, step: int
-    ) -> dict[tuple[int, str], torch.Tensor | None]:
+    def _exchange(self, group: Group, outcome: Outcome, step: int) -> dict[tuple[int, str], torch.Tensor | None]:
         self._lease.renew(Phase.EXCHANGE)
         self.injector.at("exchange", step)
         self._lease.renew(Phase.WAITING)
@@ -257,17 +258,17 @@ class Engine:
         self._lease.renew(Phase.EXCHANGE)
         microbatches = self.plan.microbatches
         width = max(len(names) for names in self._names)
-        vector = torch.full((1 + 3 * microbatches + width,), math.nan, dtype=torch.float64)
-        vector[0] = self.snapshots.newest
-        vector[1 + 3 * microbatches :] = _NO_GRADIENT
+        vector = torch.full((HALVES + 3 * microbatches + width,), math.nan, dtype=torch.float64)
+        vector[:HALVES] = torch.tensor(self.snapshots.steps())
+        vector[HALVES + 3 * microbatches :] = NO_GRADIENT
         for microbatch, (value, count) in outcome.losses.items():
-            vector[1 + microbatch] = value.double().cpu() if value.dtype != torch.float64 else value.cpu()
-            vector[1 + microbatches + microbatch] = count
-            vector[1 + 2 * microbatches + microbatch] = outcome.tokens[microbatch]
+            vector[HALVES + microbatch] = value.double().cpu() if value.dtype != torch.float64 else value.cpu()
+            vector[HALVES + microbatches + microbatch] = count
+            vector[HALVES + 2 * microbatches + microbatch] = outcome.tokens[microbatch]
         present = [(i, g) for i, g in enumerate(gradients.values()) if g is not None]
         if present:
             norms = torch.stack(torch._foreach_norm([g for _, g in present])).double().cpu()
-            vector[torch.tensor([1 + 3 * microbatches + i for i, _ in present])] = norms
+            vector[torch.tensor([HALVES + 3 * microbatches + i for i, _ in present])] = norms
         self._lease.renew(Phase.WAITING)
         rows = group.allgather(vector)
         return Gathered.of(rows, self._names, microbatches, self._tied_names())
@@ -299,14 +300,11 @@ class Engine:
             self.injector.at("applied", step)
         self.scaler.update(finite)
         self.step = step
-        self.snapshots.committed_everywhere(gathered.snapshot_step)
-        self.report = StepReport(
-            step, gathered.loss, gathered.tokens, norm, lr, skipped, gathered.snapshot_step
-        )
+        self.report = StepReport(step, gathered.loss, gathered.tokens, norm, lr, skipped, gathered.kept)
         lease.committed(step, gathered.loss, seconds, gathered.tokens)
         self._session.committed(step, gathered.loss, first=self._first_after_resume)
         self._first_after_resume = False
-        self.snapshots.begin(step)
+        self.snapshots.begin(step, keep=gathered.kept)
 
     # ---- validation and the end ---------------------------------------------------------------------
 
@@ -326,22 +324,32 @@ class Engine:
         for microbatch, (value, count) in outcome.losses.items():
             vector[microbatch], vector[plan.microbatches + microbatch] = value.double().cpu(), count
         self._lease.renew(Phase.WAITING)
-        values = _merge(group.allgather(vector))
-        total, count = values[: plan.microbatches], values[plan.microbatches :]
-        self._validated = (self.step, math.fsum(total) / math.fsum(count))
+        values = merge(group.allgather(vector))
+        totals, counts = values[: plan.microbatches], values[plan.microbatches :]
+        self._validated = (self.step, math.fsum(totals) / math.fsum(counts))
 
     def validation_loss(self, step: int) -> float | None:
         """Validation loss of `step`, if it was due there."""
         return self._validated[1] if self._validated is not None and self._validated[0] == step else None
 
     def finish(self) -> None:
-        """Wait until the last state is kept everywhere. Collective."""
+        """Wait until every rank holds the last state whole, so that none can lose what another reported. Collective.
+
+        Without a snapshot manager there is nothing to wait for; after FINISH_TRIES that is said and accepted.
+        """
         if self._session.solo:
             return
-        self._lease.renew(Phase.SNAPSHOT)
-        self.snapshots.fence()
-        self._lease.renew(Phase.WAITING)
-        self._need_group().allgather(torch.tensor([self.step]))
+        group = self._need_group()
+        for _ in range(FINISH_TRIES):
+            self._lease.renew(Phase.SNAPSHOT)
+            self.snapshots.fence()
+            self._lease.renew(Phase.WAITING)
+            kept = newest_common([row.tolist() for row in group.allgather(torch.tensor(self.snapshots.steps()))])
+            if kept == self.step or not self._session.identity.snapshots:
+                return
+            if self.step not in self.snapshots.steps():
+                self.snapshots.begin(self.step, keep=kept)
+        log.warning("the state after the last step %d is not in memory on every rank", self.step)
 
     def _need_group(self) -> Group:
         assert self._group is not None, "no generation stands"
@@ -358,7 +366,11 @@ class Engine:
     def gate(self) -> dict[str, Any]:
         """What all ranks must agree on before a generation trains; None: this rank does not know."""
         lr = self.state.learning_rate
-        return {"step": self.step, "loss scale": self.scaler.scale, "learning rate": None if math.isnan(lr) else lr}
+        return {
+            "step": self.step,
+            "loss scale": self.scaler.scale,
+            "learning rate": None if math.isnan(lr) else lr,
+        }
 
     # ---- capture ------------------------------------------------------------------------------------
 
@@ -368,6 +380,7 @@ class Engine:
             "step": self.step,
             "signature": self.signature(),
             **self.state.metadata(),
+            "report": asdict(self.report) if self.report is not None else None,
             "scaler": self.scaler.state_dict(),
             "data": self.source.state(),
             "rng": rng.capture(self.device.device),
@@ -379,48 +392,6 @@ class Engine:
         self.scaler.load_state_dict(metadata["scaler"])
         self.source.load_state(metadata["data"])
         rng.restore(metadata["rng"], self.device.device)
+        # A survivor may be moved forward to a step that it never finished, and must still report it.
+        self.report = StepReport(**metadata["report"]) if metadata["report"] is not None else None
         self.step = step
-
-
-@dataclass(frozen=True, slots=True)
-class Gathered:
-    """What the barrier told: sums in microbatch order, the norm in name order, so equal in every layout."""
-
-    loss: float
-    count: float
-    tokens: int
-    norm: float
-    snapshot_step: int
-
-    @staticmethod
-    def of(
-        rows: list[torch.Tensor], names: list[list[str]], microbatches: int, tied: frozenset[str]
-    ) -> Gathered:
-        """Combine one vector per rank. A tied parameter counts once; a replica's norms are the first's."""
-        head = _merge([row[1 : 1 + 3 * microbatches] for row in rows])
-        losses, counts, tokens = (head[i * microbatches : (i + 1) * microbatches] for i in range(3))
-        norms: dict[str, float] = {}
-        for row, listed in zip(rows, names, strict=True):
-            values = row[1 + 3 * microbatches :].tolist()
-            for name, value in zip(listed, values[: len(listed)], strict=True):
-                if name not in tied:
-                    norms.setdefault(name, value)
-        squares = [norms[name] ** 2 for name in sorted(norms) if norms[name] != _NO_GRADIENT]
-        snapshot = min(int(row[0].item()) for row in rows)
-        return Gathered(
-            math.fsum(losses) / math.fsum(counts),
-            math.fsum(counts),
-            int(math.fsum(tokens)),
-            math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf,
-            snapshot if snapshot >= 0 else NO_STEP,
-        )
-
-
-def _merge(rows: list[torch.Tensor]) -> list[float]:
-    """Each position's value from the rank that knows it (the others hold nan)."""
-    stacked = torch.stack(rows)
-    merged = stacked[0].clone()
-    for row in stacked[1:]:
-        merged = torch.where(torch.isnan(merged), row, merged)
-    values: list[float] = merged.tolist()
-    return values

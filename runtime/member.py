@@ -86,9 +86,7 @@ class AgentLink:
         try:
             self._socket.connect("\0" + identity.agent)
             self._socket.settimeout(30.0)
-            self._send(
-                {"hello": {"rank": identity.rank, "incarnation": identity.incarnation, "pid": os.getpid()}}
-            )
+            self._send({"hello": {"rank": identity.rank, "incarnation": identity.incarnation, "pid": os.getpid()}})
             data, fds, _, _ = socket.recv_fds(self._socket, 65536, 1)
         except OSError as error:
             raise ConfigError(f"no Holdfast agent answers: {error}; start the script with `holdfast run`") from None
@@ -199,9 +197,12 @@ class Member:
             self._joined = None
             if self._target > generation:
                 raise Fenced(self._target, self._reason)
-            assert self._formed is not None
             self._current = generation
-            return self._formed
+            return self._answer()
+
+    def _answer(self) -> Formed:
+        assert self._formed is not None
+        return self._formed
 
     def attach(self, group: Group) -> None:
         """`group` is what a fence must wake from now on. Raises Fenced if one came already."""
@@ -211,9 +212,7 @@ class Member:
 
     def publish(self, generation: int, key: str, value: bytes, *, gather: bool) -> None:
         """Publish an address of this rank's group (any thread)."""
-        message = pb.RankMessage(
-            generation=generation, store_set=pb.StoreSet(key=key, value=value, gather=gather)
-        )
+        message = pb.RankMessage(generation=generation, store_set=pb.StoreSet(key=key, value=value, gather=gather))
         with self._lock:
             self._published.append(message)
         self._outbox.put(message)
@@ -308,7 +307,12 @@ class Member:
         """What was put while no stream stood: joins and suspicions are said again anyway, the rest follows."""
         while not stale.empty():
             message = stale.get()
-            if message is not None and message.WhichOneof("body") in ("restored", "committed", "goodbye", "join"):
+            if message is not None and message.WhichOneof("body") in (
+                "restored",
+                "committed",
+                "goodbye",
+                "join",
+            ):
                 outbox.put(message)
 
     def _on_order(self, order: Any) -> None:

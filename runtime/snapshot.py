@@ -1,16 +1,16 @@
 """Copies a rank's state after every committed step into its host's snapshot manager, behind the next step.
 
-    commit of s ▸ begin(s): metadata and buffers at once, the rest in the copy thread ──┐ overlaps the
-    next forward/backward ...                                                            │ next step
-    fence(): before the barrier of s+1, wait until the copy of s is whole  ◀─────────────┘
-    committed_everywhere(s): every rank has s whole, so the half that holds s-1 may be overwritten
+    commit of s ▸ begin(s, keep): metadata and buffers at once, the rest in the copy thread ──┐ overlaps the
+    next forward/backward ...                                                                  │ next step
+    fence(): before the barrier of s+1, wait until the copy of s is whole  ◀───────────────────┘
+    the barrier of s+1 tells every rank which halves all have; the newest step that all hold is kept
 
 Parameters and moments change only inside optimizer.step(), so a copy between two of them is consistent
 without copy-on-write. State that is replicated over n ranks is copied 1/n by each. Trouble with the manager
 never reaches training: the snapshot is skipped and counted, and the arenas are offered again to the next
 manager. Invariants:
 
-* a half is overwritten only when every rank has a newer step whole;
+* the half that holds the newest step which every rank holds is never overwritten;
 * a half is FILLING before its first byte changes, and COPIED only after its last one is in place.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,12 @@ _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 _TIMEOUT_S = 10.0
 
 
+def choose_half(steps: Sequence[int], keep: int) -> int:
+    """The half to overwrite: never the one that holds `keep`, the newest step that every rank holds; else the older."""
+    free = [half for half, step in enumerate(steps) if step == NO_STEP or step != keep]
+    return min(free, key=lambda half: steps[half])
+
+
 @dataclass(frozen=True, slots=True)
 class _Copy:
     """One job of the copy thread."""
@@ -79,8 +86,7 @@ class Snapshots:
         self._enabled = identity.snapshots and bool(identity.smp)
         self._client: SmpClient | None = None
         self._halves: dict[int, MappedHalf] = {}
-        self._steps = {0: NO_STEP, 1: NO_STEP}  # what each half holds whole
-        self._committed = NO_STEP
+        self._steps: dict[int, int] = {0: NO_STEP, 1: NO_STEP}  # what each half holds whole
         self._jobs: SimpleQueue[_Copy | None] = SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
@@ -90,25 +96,17 @@ class Snapshots:
             self._connect()
             threading.Thread(target=self._copy_loop, name="holdfast-snapshot", daemon=True).start()
 
-    @property
-    def newest(self) -> int:
-        """Newest step wholly copied; a big number when snapshots are off, so that nobody waits for us."""
-        return max(self._steps.values()) if self._enabled else NO_STEP
-
-    def committed_everywhere(self, step: int) -> None:
-        """Every rank holds `step` whole."""
-        self._committed = max(self._committed, step)
+    def steps(self) -> list[int]:
+        """What each half holds whole, NO_STEP for nothing. Call after fence()."""
+        return list(self._steps.values())
 
     # ---- every step ---------------------------------------------------------------------------------
 
-    def begin(self, step: int) -> None:
-        """Start the copy of the state after `step`. Never waits; skips when no half is free."""
+    def begin(self, step: int, *, keep: int) -> None:
+        """Start the copy of the state after `step` over the half that does not hold `keep`. Never waits."""
         if not self._enabled:
             return
-        half = self._free_half()
-        if half is None:
-            self._skip(f"no half is free: step {max(self._steps.values())} is not whole everywhere")
-            return
+        half = choose_half(list(self._steps.values()), keep)
         entries = self._owned(self._engine.state.entries())
         meta, extra = blob.encode(self._engine.metadata(), is_tensor=lambda v: isinstance(v, torch.Tensor))
         entries += [Entry(path, "extra", _as_cpu(tensor)) for path, tensor in extra]
@@ -123,14 +121,6 @@ class Snapshots:
         self._idle.wait()
 
     settle = fence
-
-    def _free_half(self) -> int | None:
-        """The half to overwrite: an empty one, else the older one if the newer is whole everywhere."""
-        older = min(self._steps, key=lambda half: self._steps[half])
-        newer = self._steps[1 - older]
-        if self._steps[older] == NO_STEP or self._committed >= newer:
-            return older
-        return None
 
     def _owned(self, entries: list[Entry]) -> list[Entry]:
         """This rank's share of what its replicas hold too."""
@@ -271,14 +261,13 @@ class Snapshots:
             self._opened.clear()
         return sources
 
-    def resumed(self, step: int) -> None:
+    def resumed(self, step: int, *, keep: int) -> None:
         """The generation trains on from `step`: forget what is newer, and keep this step if nobody does."""
-        self._committed = min(self._committed, step)
         for index, kept in self._steps.items():
             if kept > step:
                 self._steps[index] = NO_STEP  # of a history that is being redone
         if self._enabled and step not in self._steps.values():
-            self.begin(step)
+            self.begin(step, keep=keep)
 
     def _read(self, step: int) -> tuple[dict[tuple[str, str], torch.Tensor], Any, int]:
         """Tensors of this rank's units after `step` (views of the arenas), and its own metadata."""

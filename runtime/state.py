@@ -135,9 +135,7 @@ class ModelState:
                         for key, value in kept.items()
                         if isinstance(value, torch.Tensor)
                     ]
-            found += [
-                Entry(f"{unit}.{name}", "buffer", buffer, early=True) for name, buffer in _persistent(module)
-            ]
+            found += [Entry(f"{unit}.{name}", "buffer", buffer, early=True) for name, buffer in _persistent(module)]
         return found
 
     def metadata(self) -> dict[str, Any]:
@@ -180,9 +178,7 @@ class ModelState:
         for name, value in self._user.items():
             value.load_state_dict(metadata["user"][name])
 
-    def _load_optimizer(
-        self, tensors: Mapping[tuple[str, str], torch.Tensor], metadata: Mapping[str, Any]
-    ) -> None:
+    def _load_optimizer(self, tensors: Mapping[tuple[str, str], torch.Tensor], metadata: Mapping[str, Any]) -> None:
         assert self.optimizer is not None
         by_name: dict[str, dict[str, torch.Tensor]] = {}
         for (name, state), tensor in tensors.items():

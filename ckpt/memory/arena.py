@@ -11,7 +11,9 @@
 
 A half is SEALED or CORRUPT only if the verdict is about the fill that STATE names. So each word has one
 writer and no compare-and-swap is needed: a verdict that comes late, when the next fill has begun, says
-nothing. `fill` counts the times this memory was begun. Opens no files, takes no shared memory. Invariants:
+nothing. `fill` counts the times this memory was begun. Opens no files, takes no shared memory. What a dead
+writer left is in program order; while it lives, "still the same STATE" also needs its stores to be seen in
+order: x86 does that, elsewhere the GIL's lock around each copy does. Invariants:
 
 * STATE is FILLING before the first other byte of a fill changes, and COPIED after the last one: one aligned
   8-byte store each. A writer killed at any instruction leaves FILLING, or one whole step.
@@ -127,9 +129,7 @@ class Half:
         if magic != MAGIC:
             raise SnapshotCorrupt("not an arena", magic=magic.hex())
         if self._words[_Word.VERSION] != VERSION:
-            raise SnapshotCorrupt(
-                "an arena of another version", version=self._words[_Word.VERSION], ours=VERSION
-            )
+            raise SnapshotCorrupt("an arena of another version", version=self._words[_Word.VERSION], ours=VERSION)
         if self._raw(_Word.JOB, DIGEST_BYTES) != self._job:
             raise SnapshotCorrupt("an arena of another job")
 
@@ -154,9 +154,7 @@ class Half:
         table = Table(step, fill, plan_digest, incarnation, placed, metadata).encoded()
         offset = aligned(data_end, ALIGN_BYTES)
         if offset + len(table) > self.nbytes:
-            raise SnapshotError(
-                "the arena is too small", needed_bytes=offset + len(table), nbytes=self.nbytes
-            )
+            raise SnapshotError("the arena is too small", needed_bytes=offset + len(table), nbytes=self.nbytes)
         words = self._words
         self._filling = fill << 8 | State.FILLING
         words[_Word.STATE] = self._filling
@@ -261,13 +259,13 @@ class Half:
             return None
         return word >> 8, digest
 
-    def judged(self, fill: int) -> bool:
-        """Whether there is a verdict about `fill`."""
-        return self._words[_Word.VERDICT] >> 8 == fill
+    def judged(self, fill: int, verdict: State) -> bool:
+        """Whether that is the verdict about `fill`."""
+        return self._words[_Word.VERDICT] == fill << 8 | verdict
 
     def seal(self, fill: int, digest: bytes) -> None:
         """Store the digest of `fill`, once: a second one would hide what changed since the first."""
-        if self.judged(fill):
+        if self._words[_Word.VERDICT] >> 8 == fill:
             return
         self._store(_Word.DATA_DIGEST, digest)
         self._words[_Word.VERDICT] = fill << 8 | State.SEALED
@@ -344,10 +342,6 @@ class Half:
 def _state(word: int, verdict: int) -> State:
     """The half's state: the rank's word, or the manager's if it judged this very fill."""
     state = word & 0xFF
-    if (
-        state == State.COPIED
-        and verdict >> 8 == word >> 8
-        and verdict & 0xFF in (State.SEALED, State.CORRUPT)
-    ):
+    if state == State.COPIED and verdict >> 8 == word >> 8 and verdict & 0xFF in (State.SEALED, State.CORRUPT):
         return State(verdict & 0xFF)
     return State(state) if state <= State.COPIED else State.CORRUPT

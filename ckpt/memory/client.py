@@ -9,12 +9,13 @@ Does not retry and does not reconnect: whoever uses it knows what a lost manager
 the client is closed, and the arenas that were handed out are still mapped: offer them to the next manager
 with adopt(). Invariants:
 
-* every call ends by its deadline, with its own answer or an error, and an answer is never taken for another's;
+* every call ends by its deadline, with its own answer or an error, never with another call's answer;
 * a descriptor that arrives is owned by the MappedHalf returned, or closed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
 
-from holdfast.proto.errors import PeerLost, ProtocolViolation
+from holdfast.proto.errors import PeerLost, ProtocolViolation, SnapshotError
 
 from .memfd import MappedHalf
 from .wire import Inbox, error_from, pack, send_some
@@ -84,17 +85,19 @@ class SmpClient:
     # ---- ranks ------------------------------------------------------------------------------------------
 
     def arena(self, slot: int, half: int, nbytes: int) -> MappedHalf:
-        """Memory of at least `nbytes` for this half. Raises SnapshotError when the host has no room for it."""
+        """Memory of at least `nbytes` for this half. Raises SnapshotError when the host has no room."""
         deadline_s = self._timeout_s + nbytes / PREFAULT_BYTES_PER_S
         _, fd = self._call("arena", deadline_s, want_fd=True, slot=slot, half=half, nbytes=nbytes)
         return MappedHalf(fd, self._job, slot=slot, index=half)
 
     def copied(self, slot: int, half: int, step: int) -> None:
-        """Tell that `step` is COPIED. SnapshotIncomplete if the manager's memory for this half says otherwise."""
+        """Tell that `step` is COPIED. SnapshotIncomplete if the memory that it holds says otherwise."""
         self._quick("copied", slot=slot, half=half, step=step)
 
     def adopt(self, slot: int, half: int, mapped: MappedHalf) -> bool:
         """Offer memory to a manager that may be new. False: it has something newer; ask for its arena()."""
+        if mapped.fd < 0:
+            raise SnapshotError("a closed arena cannot be offered", slot=slot, half=half)
         return bool(self._quick("adopt", offered=mapped.fd, slot=slot, half=half)["adopted"])
 
     # ---- everybody --------------------------------------------------------------------------------------
@@ -109,8 +112,9 @@ class SmpClient:
         return MappedHalf(fd, self._job, slot=slot, index=half, writable=False)
 
     def corrupt(self, slot: int, half: int, step: int) -> bool:
-        """Report a digest mismatch. False if the half holds something else by now."""
-        return bool(self._quick("corrupt", slot=slot, half=half, step=step)["marked"])
+        """Report a digest mismatch. False: the manager, looking itself, finds that step intact, or gone."""
+        reply, _ = self._call("corrupt", self._timeout_s, slot=slot, half=half, step=step)
+        return bool(reply["marked"])
 
     def stats(self) -> dict[str, Any]:
         """Counters and bytes."""
@@ -125,10 +129,8 @@ class SmpClient:
     def close(self) -> None:
         """Give the lease back. Wakes a call that is under way in another thread with PeerLost."""
         self._closed = True
-        try:
+        with contextlib.suppress(OSError):  # not connected, or closed before
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # not connected, or closed before
         if self._lock.acquire(timeout=QUICK_S):
             try:
                 self._sock.close()
@@ -154,9 +156,10 @@ class SmpClient:
         self, op: str, timeout_s: float, *, want_fd: bool = False, offered: int = -1, **values: Any
     ) -> tuple[dict[str, Any], int]:
         """Send one request and wait for its answer. A call that broke off leaves the client closed."""
+        # Another thread's call may be one that takes time: that is no reason to think the manager lost.
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise PeerLost("the snapshot manager keeps another call waiting", op=op, timeout_s=self._timeout_s)
         deadline = time.monotonic() + timeout_s
-        if not self._lock.acquire(timeout=timeout_s):
-            raise PeerLost("the snapshot manager keeps another call waiting", op=op, timeout_s=timeout_s)
         try:
             if self._closed:
                 raise PeerLost("the connection to the snapshot manager is closed", op=op)

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
+import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -47,17 +50,11 @@ def _remove(paths: Sequence[str]) -> None:
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="holdfast.ckpt.memory.manager", allow_abbrev=False)
-    parser.add_argument(
-        "--socket", required=True, metavar="NAME", help="abstract socket name, without the NUL"
-    )
+    parser.add_argument("--socket", required=True, metavar="NAME", help="abstract socket name, without the NUL")
     parser.add_argument("--job", required=True, metavar="ID")
-    parser.add_argument(
-        "--ttl", required=True, type=float, metavar="SECONDS", help="live so long without a lease"
-    )
+    parser.add_argument("--ttl", required=True, type=float, metavar="SECONDS", help="live so long without a lease")
     parser.add_argument("--token-env", required=True, metavar="VARIABLE", help="where the job token is")
-    parser.add_argument(
-        "--cleanup", nargs="*", action="extend", default=[], metavar="PATH", help="removed at the end"
-    )
+    parser.add_argument("--cleanup", nargs="*", action="extend", default=[], metavar="PATH", help="removed at the end")
     parser.add_argument("--nice", type=int, default=0, metavar="N")
     return parser.parse_args(argv)
 
@@ -74,7 +71,9 @@ def _listen(name: str) -> socket.socket:
         listener.bind(f"\0{name}")
     except OSError as error:
         listener.close()
-        _fail(3, f"another snapshot manager has the socket {name}: {error}")
+        if error.errno == errno.EADDRINUSE:
+            _fail(3, f"another snapshot manager has the socket {name}")
+        _fail(2, f"cannot listen on the socket {name}: {error}")
     listener.listen(128)
     return listener
 
@@ -85,16 +84,16 @@ def main(argv: Sequence[str]) -> int:
     token = os.environ.pop(options.token_env, "")
     if not token:
         _fail(2, f"{options.token_env} is not set; the agent sets it")
-    if options.ttl <= 0:
+    if not 0 < options.ttl < math.inf:
         _fail(2, f"--ttl {options.ttl:g} is not a number of seconds above 0")
     cleanup = [os.path.abspath(path) for path in options.cleanup]
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s smp %(levelname)s %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s smp %(levelname)s %(message)s")
     with contextlib.suppress(PermissionError):  # we lead a session already
         os.setsid()
     os.chdir("/")
     os.nice(options.nice)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two descriptors for each half
     manager = Manager(_listen(options.socket), job=options.job, token=token, ttl_ns=int(options.ttl * 1e9))
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,8 @@
 """Anonymous shared memory: made, sized, filled with pages, and mapped. Nothing of it has a name to leak.
 
-    manager  create(nbytes) ──▶ memfd, its pages there, its size sealed ── SCM_RIGHTS ──▶ rank maps it writable
-                                                                        └─ read-only fd ──▶ reader maps a private view
+    manager  create(nbytes) ──▶ memfd, its pages there, its size sealed ─┬─ fd ──▶ rank maps it writable
+                                                                         └─ read-only fd ──▶ reader maps
+                                                                                             a private view
 
 Memory lives as long as one process holds a descriptor or a mapping. Does not know what is in it (but for
 MappedHalf, which joins descriptor, mapping and Half). Invariants:
@@ -59,7 +60,7 @@ def room(root: str = "/") -> Room:
 
 
 def create(nbytes: int, *, root: str = "/") -> int:
-    """A memfd of `nbytes` zero bytes, its pages there and its size sealed. SnapshotError when it has no room."""
+    """A memfd of `nbytes` zero bytes, its pages there and its size sealed. SnapshotError: no room."""
     have = room(root)
     if nbytes > have.available_bytes - RESERVE_BYTES:
         raise SnapshotError(
@@ -171,8 +172,7 @@ def _cgroups(root: str) -> list[str]:
             continue
         base = os.path.join(root, "sys/fs/cgroup", "memory" if controllers else "")
         parts = [part for part in path.split("/") if part and part != ".."]
-        for depth in range(len(parts), -1, -1):
-            found.append(os.path.join(base, *parts[:depth]))
+        found += [os.path.join(base, *parts[:depth]) for depth in range(len(parts), -1, -1)]
     return found
 
 

@@ -1,15 +1,15 @@
 """The metadata blob: everything of a snapshot that is not a tensor, as JSON that comes back exactly.
 
     {"lr": 0.1, "betas": (0.9, 0.95), "seen": tensor}
-        encode ──▶ ["d", "lr", ["f", "0x1.99...p-4"], "betas", ["t", ...], "seen", ["T", 0]]   + [("seen", tensor)]
-        decode ◀── the same types, the same bits
+    encode ──▶ ["d", "lr", ["f", "0x1.99...p-4"], "betas", ["t", ...], "seen", ["T", 0]] + [("seen", tensor)]
+    decode ◀── the same types, the same bits
 
 None, bool, int and str are JSON's own; everything else is a list that opens with a tag. A type that is not
 in the list below is refused by its path, when the job starts and not when it recovers. No pickle: nothing
 in a blob can name code. What a tensor is, only the caller knows: they come back as references by index.
 Invariants:
 
-* decode(encode(x)) has x's types and bits: nan's payload, -0.0, tuple or list, key order, OrderedDict, Counter;
+* decode(encode(x)) has x's types and bits: a nan's payload, -0.0, tuple or list, the order of keys;
 * exact types only: a subclass would come back as something else, so it is refused;
 * one tensor met twice is one tensor again after decoding. (Other shared objects come back as equal copies.)
 """

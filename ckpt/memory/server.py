@@ -132,7 +132,8 @@ class Manager:
     def _expire(self, now_ns: int) -> None:
         for connection in [c for c in self._connections if not c.role and now_ns - c.since_ns >= HELLO_NS]:
             self._close(connection)
-        if any(connection.role in LEASES for connection in self._connections):
+        # A stranger counts until its hello is due: after a pause of ours it may well be the agent.
+        if any(connection.role in LEASES or not connection.role for connection in self._connections):
             self._unleased_since_ns = None
         elif self._unleased_since_ns is None:
             self._unleased_since_ns = now_ns
@@ -160,12 +161,14 @@ class Manager:
 
     def _serve(self, connection: Connection, events: int) -> None:
         """Take what came, answer it, send what can be sent. Whatever is wrong ends this connection."""
+        if connection.closed:
+            return  # by an earlier event of the same turn
         try:
             if events & selectors.EVENT_WRITE:
                 self._flush(connection)
             if events & selectors.EVENT_READ and not connection.closed:
                 alive = connection.inbox.receive(connection.sock)
-                while not connection.doomed and (message := connection.inbox.take()) is not None:
+                while not (connection.doomed or connection.closed) and (message := connection.inbox.take()) is not None:
                     self._handle(connection, message)
                 if not alive:
                     self._close(connection)
@@ -261,7 +264,7 @@ class Manager:
         number = _integer(message, "id", 0, 1 << 62)
         role = message.get("role")
         refusal = None
-        if not hmac.compare_digest(str(message.get("token")).encode(), self._token.encode()):
+        if not hmac.compare_digest(str(message.get("token")).encode(errors="surrogatepass"), self._token.encode()):
             refusal = ConfigError("wrong job token")
         elif message.get("job") != self._job:
             refusal = ConfigError("the snapshot manager of another job", job=self._job)
@@ -299,16 +302,12 @@ class Manager:
     def _corrupt(self, connection: Connection, message: dict[str, Any]) -> None:
         number, slot, half = _place(message)
         step = _integer(message, "step", 0, 1 << 62)
-        marked = self._shelf.corrupt(slot, half, step)
-        log.warning(
-            "corrupt half reported by %s: slot=%d half=%d step=%d marked=%s",
-            connection,
-            slot,
-            half,
-            step,
-            marked,
-        )
-        self._reply(connection, number, marked=marked)
+
+        def done(marked: bool) -> None:
+            log.warning("corrupt? said %s: slot=%d half=%d step=%d marked=%s", connection, slot, half, step, marked)
+            self._reply(connection, number, marked=marked)
+
+        self._shelf.corrupt(slot, half, step, done)
 
     def _adopt(self, connection: Connection, message: dict[str, Any]) -> None:
         number, slot, half = _place(message)

@@ -70,23 +70,28 @@ class Shelf:
         size = -(-max(nbytes, 2 * HEADER_BYTES) // HEADER_BYTES) * HEADER_BYTES
 
         def created(result: object) -> None:
-            if isinstance(result, OSError):
-                result = SnapshotError("no memory for a snapshot", needed_bytes=size, reason=str(result))
-            if isinstance(result, HoldfastError):
+            try:
+                if isinstance(result, (HoldfastError, OSError)):
+                    raise result
+                assert isinstance(result, int)
+                mapped = MappedHalf(result, self.job, slot=slot, index=half)
+                mapped.half.format()
+                self._put(slot, half, mapped)
+                self.counters.created += 1
+                fd = os.dup(mapped.fd)
+            except HoldfastError as error:
                 self.counters.refused += 1
-                done(result)
-                return
-            assert isinstance(result, int)
-            mapped = MappedHalf(result, self.job, slot=slot, index=half)
-            mapped.half.format()
-            self._put(slot, half, mapped)
-            self.counters.created += 1
-            done(os.dup(mapped.fd))
+                done(error)
+            except OSError as error:
+                self.counters.refused += 1
+                done(SnapshotError("no memory for a snapshot", needed_bytes=size, reason=str(error)))
+            else:
+                done(fd)
 
         self.worker.submit(lambda: create(size), created)
 
     def copied(self, slot: int, half: int, step: int) -> None:
-        """The rank says that it finished a copy: believe its header, and digest. Raises if it is not so here."""
+        """The rank says that it finished a copy: believe the header, and digest. Raises if that says no."""
         held = self._need(slot, half)
         state, found, _ = held.mapped.half.peek()
         if state not in RESTORABLE or found != step:
@@ -112,24 +117,46 @@ class Shelf:
 
         def reply() -> None:
             try:
-                done(self._readable(held))
+                fd = self._readable(held)
             except HoldfastError as error:
                 done(error)
+            except OSError as error:
+                done(SnapshotError("no descriptor for a reader", slot=slot, half=half, reason=str(error)))
+            else:
+                done(fd)
 
         if held.mapped.half.state is State.COPIED:
             self._judge(held, reply, urgent=True)
         else:
             reply()
 
-    def corrupt(self, slot: int, half: int, step: int) -> bool:
-        """A reader found a wrong digest in `step`. False if the half holds something else by now."""
+    def corrupt(self, slot: int, half: int, step: int, done: Callable[[bool], None]) -> None:
+        """A reader says that `step` is not what was sealed. It may be the reader that is broken, so look.
+
+        done(True): the half is CORRUPT. done(False): it is intact, or holds something else by now.
+        """
         held = self._need(slot, half)
-        state, found, fill = held.mapped.half.peek()
-        if state not in RESTORABLE or found != step:
-            return False
-        held.mapped.half.condemn(fill)
-        self.counters.corrupt += 1
-        return True
+        mine = held.mapped.half
+        state, found, fill = mine.peek()
+        if state is not State.SEALED or found != step:
+            done(state is State.CORRUPT and found == step)
+            return
+        held.busy += 1
+
+        def look() -> None:
+            mine.read()
+            mine.verify()
+
+        def looked(result: object) -> None:
+            held.busy -= 1
+            wrong = isinstance(result, SnapshotCorrupt)
+            if wrong:
+                self.counters.corrupt += not mine.judged(fill, State.CORRUPT)
+                mine.condemn(fill)
+            done(wrong)
+            self._close_if_done(held)
+
+        self.worker.submit(look, looked, urgent=True)
 
     def adopt(self, slot: int, half: int, fd: int) -> bool:
         """Take memory that a rank still maps; owns `fd` from here on.
@@ -198,7 +225,7 @@ class Shelf:
             if isinstance(result, tuple):
                 fill, found = result
                 if isinstance(found, bytes):
-                    self.counters.sealed += not half.judged(fill)
+                    self.counters.sealed += not half.judged(fill, State.SEALED)
                     self.counters.digested_bytes += held.mapped.nbytes
                     half.seal(fill, found)
                 else:

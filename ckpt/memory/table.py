@@ -57,7 +57,7 @@ class Table:
 
     @classmethod
     def decoded(cls, raw: bytes, data_start: int, data_stop: int) -> Table:
-        """From JSON; raises one of the errors of bad JSON, or SnapshotCorrupt for an entry beyond the data."""
+        """From JSON; raises one of the errors of bad JSON, or SnapshotCorrupt for an entry beyond data."""
         value = json.loads(raw)
         entries = tuple(
             ArenaEntry(name, state, dtype, tuple(shape), start, stop, offset)

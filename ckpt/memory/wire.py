@@ -6,7 +6,7 @@ Both ends use the same Inbox. Tables and tensors never travel here: they lie in 
 as its socket does. Invariants:
 
 * no frame is longer than 64 KiB, in either direction;
-* a descriptor that arrives is either taken by the message that announces it, or closed.
+* a descriptor that arrives is taken by a message that announces one, or closed with the connection.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Inbox:
         self._fds: deque[int] = deque()
 
     def receive(self, sock: socket.socket) -> bool:
-        """One recvmsg(); False at the end of the stream. ProtocolViolation for more than FDS_MAX descriptors."""
+        """One recvmsg(); False at the end of the stream. ProtocolViolation for too many descriptors."""
         room = socket.CMSG_SPACE(_FD.size * FDS_MAX)
         data, control, flags, _ = sock.recvmsg(MESSAGE_BYTES_MAX, room, socket.MSG_CMSG_CLOEXEC)
         for level, kind, raw in control:
@@ -105,9 +105,7 @@ def send_some(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int])
 
 def error_value(error: HoldfastError) -> dict[str, Any]:
     """An error as JSON: its name, message and fields, never an object."""
-    fields = {
-        key: value if isinstance(value, (int, str)) else str(value) for key, value in error.fields.items()
-    }
+    fields = {key: value if isinstance(value, (int, str)) else str(value) for key, value in error.fields.items()}
     return {"code": type(error).__name__, "message": error.message, "fields": fields}
 
 
@@ -115,9 +113,7 @@ def error_from(value: object) -> HoldfastError:
     """The error that the other end described; an unknown name is a ProtocolViolation."""
     if not isinstance(value, dict) or not isinstance(value.get("fields", {}), dict):
         return ProtocolViolation("an error that cannot be read")
-    fields = {
-        str(key): item for key, item in value.get("fields", {}).items() if key not in ("message", "self")
-    }
+    fields = {str(key): item for key, item in value.get("fields", {}).items() if key not in ("message", "self")}
     kinds = {kind.__name__: kind for kind in _ERRORS}
     kind = kinds.get(str(value.get("code")), ProtocolViolation)
     return kind(str(value.get("message")), **fields)

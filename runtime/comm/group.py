@@ -42,7 +42,7 @@ class Work(Protocol):
 class Backend(Protocol):
     """Makes the process group of a generation and wakes it. One per device type."""
 
-    def create(self, store: dist.Store, rank: int, world_size: int) -> Any: ...
+    def create(self, store: Any, rank: int, world_size: int) -> Any: ...
     def wake(self, process_group: Any) -> None: ...
 
 
@@ -52,9 +52,9 @@ class GlooBackend:
     def __init__(self, address: str) -> None:
         self._device = dist.ProcessGroupGloo.create_device(hostname=address)
 
-    def create(self, store: dist.Store, rank: int, world_size: int) -> Any:
+    def create(self, store: Any, rank: int, world_size: int) -> Any:
         """A raw ProcessGroupGloo; blocks until all ranks are connected."""
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [self._device]
         options._timeout = datetime.timedelta(seconds=GROUP_TIMEOUT_S)
         options._threads = 1
@@ -67,7 +67,7 @@ class GlooBackend:
 class NcclBackend:
     """NCCL: groups are built non-blocking and aborted by the monitor thread. Not yet run on a GPU."""
 
-    def create(self, store: dist.Store, rank: int, world_size: int) -> Any:
+    def create(self, store: Any, rank: int, world_size: int) -> Any:
         """A raw ProcessGroupNCCL; communicators are created lazily at first use."""
         options = dist.ProcessGroupNCCL.Options()
         options.config.blocking = 0
@@ -202,4 +202,3 @@ class Group:
 
 def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-

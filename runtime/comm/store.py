@@ -19,7 +19,7 @@ import torch.distributed as dist
 from holdfast.proto.errors import Fenced, PeerLost
 
 
-class GenerationStore(dist.Store):  # type: ignore[misc]
+class GenerationStore(dist.Store):  # type: ignore[name-defined, misc]
     """dist.Store over `publish` and `deliver`. Thread-safe."""
 
     def __init__(self, publish: Callable[[str, bytes], None], timeout_s: float) -> None:

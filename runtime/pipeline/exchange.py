@@ -123,9 +123,9 @@ def _flatten(
     dtype = _widest(parameters, units)
     for unit in units:
         for parameter, gradient in zip(parameters[unit], merged[unit][node], strict=True):
-            present = gradient is not None
-            pieces.append((gradient if present else torch.zeros_like(parameter)).reshape(-1).to(dtype))
-            flags.append(float(present))
+            value = gradient if gradient is not None else torch.zeros_like(parameter)
+            pieces.append(value.reshape(-1).to(dtype))
+            flags.append(float(gradient is not None))
     return torch.cat([*pieces, torch.tensor(flags, dtype=dtype, device=pieces[0].device)])
 
 
@@ -154,7 +154,11 @@ def _widest(parameters: Parameters, units: Sequence[int]) -> torch.dtype:
 
 
 def exchange_ties(
-    group: Group, plan: Plan, ties: Sequence[Tie], rank: int, gradients: dict[tuple[int, str], torch.Tensor | None]
+    group: Group,
+    plan: Plan,
+    ties: Sequence[Tie],
+    rank: int,
+    gradients: dict[tuple[int, str], torch.Tensor | None],
 ) -> None:
     """Both copies of a tied parameter get first + second, in this order. `gradients` is updated.
 

@@ -98,9 +98,7 @@ def share(microbatches: int, replicas: int) -> tuple[range, ...]:
     """
     _at_least_one("replicas", replicas)
     if replicas > microbatches:
-        raise ConfigError(
-            f"{replicas} replicas need at least {replicas} microbatches a step, there are {microbatches}"
-        )
+        raise ConfigError(f"{replicas} replicas need at least {replicas} microbatches a step, there are {microbatches}")
     size, larger = divmod(microbatches, replicas)
     edges = accumulate((size + (replica < larger) for replica in range(replicas)), initial=0)
     return tuple(range(begin, end) for begin, end in pairwise(edges))
@@ -115,9 +113,7 @@ def choose_grid(world_size: int, stages: int | None, replicas: int | None) -> tu
     if stages is not None and replicas is not None:
         needed = stages * replicas
         if needed != world_size:
-            raise ConfigError(
-                f"{world_size} ranks cannot hold {replicas} replicas of {stages} stages: {needed} needed"
-            )
+            raise ConfigError(f"{world_size} ranks cannot hold {replicas} replicas of {stages} stages: {needed} needed")
         return stages, replicas
     given = stages if stages is not None else replicas
     if given is None:
@@ -126,9 +122,7 @@ def choose_grid(world_size: int, stages: int | None, replicas: int | None) -> tu
     if quotient == 0 or remainder:
         what = f"replicas of {given} stages" if stages is not None else f"{given} replicas"
         near = [n for n in (quotient * given, (quotient + 1) * given) if n]
-        raise ConfigError(
-            f"{world_size} ranks do not divide into {what}: use {' or '.join(map(str, near))} ranks"
-        )
+        raise ConfigError(f"{world_size} ranks do not divide into {what}: use {' or '.join(map(str, near))} ranks")
     return (given, quotient) if stages is not None else (quotient, given)
 
 
@@ -158,8 +152,7 @@ def grid_plan(
     paths: list[Path] = []
     for replica, block in enumerate(share(microbatches, replicas)):
         hops = tuple(
-            Hop(replica * stages + i % stages, tuple(range(begin, end)))
-            for i, (begin, end) in enumerate(chunks)
+            Hop(replica * stages + i % stages, tuple(range(begin, end))) for i, (begin, end) in enumerate(chunks)
         )
         paths += [Path(hops)] * len(block)
     return Plan(stages * replicas, units, tuple(paths), schedule)

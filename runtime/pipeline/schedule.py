@@ -142,9 +142,7 @@ def send_order(plan: Plan, schedule: Schedule, a: int, b: int) -> tuple[Action, 
     """
     sent = tuple(action for action in schedule.ranks[a].actions if sends(plan, a, action) == b)
     received = [action for action in schedule.ranks[b].actions if receives(plan, b, action) == a]
-    assert [consumer(action) for action in sent] == received, (
-        f"rank {b} expects other messages than {a} sends"
-    )
+    assert [consumer(action) for action in sent] == received, f"rank {b} expects other messages than {a} sends"
     return sent
 
 
@@ -167,9 +165,7 @@ def check(plan: Plan, schedule: Schedule, *, lookahead: int = 1) -> None:
         reaped = [(i, j) for i, sent in enumerate(mine.reap) for j in sent]
         assert len(mine.reap) == len(mine.actions), f"rank {rank}: one tuple to reap for each action"
         assert len({j for _, j in reaped}) == len(reaped), f"rank {rank} reaps a send twice"
-        assert all(0 <= j < i and targets[j] is not None for i, j in reaped), (
-            f"rank {rank} reaps what it did not send"
-        )
+        assert all(0 <= j < i and targets[j] is not None for i, j in reaped), f"rank {rank} reaps what it did not send"
         held = accumulate(1 if action.kind == "F" else -1 for action in mine.actions)
         assert max(held, default=0) == mine.peak_in_flight, f"rank {rank}: peak_in_flight is wrong"
     for a, b in pairs:
@@ -178,9 +174,7 @@ def check(plan: Plan, schedule: Schedule, *, lookahead: int = 1) -> None:
     _run_dry(plan, schedule, place, lookahead)
 
 
-def _run_dry(
-    plan: Plan, schedule: Schedule, place: Mapping[Action, tuple[int, int]], lookahead: int | None
-) -> None:
+def _run_dry(plan: Plan, schedule: Schedule, place: Mapping[Action, tuple[int, int]], lookahead: int | None) -> None:
     """Run the lists until nothing moves; lookahead None means that no send is ever waited for."""
     reached = [0] * plan.world_size  # actions whose reaping is over
     done = [0] * plan.world_size
@@ -211,9 +205,7 @@ def _run_dry(
     while any([advance(rank) for rank in range(plan.world_size)]):
         pass
     stuck = [
-        f"rank {r} at {mine.actions[done[r]]}"
-        for r, mine in enumerate(schedule.ranks)
-        if done[r] < len(mine.actions)
+        f"rank {r} at {mine.actions[done[r]]}" for r, mine in enumerate(schedule.ranks) if done[r] < len(mine.actions)
     ]
     assert not stuck, "deadlock: " + ", ".join(stuck)
 
@@ -305,9 +297,7 @@ def _rounds(plan: Plan, microbatches: Sequence[int]) -> tuple[list[tuple[int, in
     ways = {tuple(_runs(path)) for path in {plan.paths[m] for m in microbatches}}
     runs = list(ways.pop())
     stages = len({rank for rank, _ in runs})
-    regular = (
-        runs and len(runs) % stages == 0 and all(run[0] == runs[i % stages][0] for i, run in enumerate(runs))
-    )
+    regular = runs and len(runs) % stages == 0 and all(run[0] == runs[i % stages][0] for i, run in enumerate(runs))
     return (runs, stages) if regular and not ways else None
 
 

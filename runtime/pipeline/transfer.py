@@ -138,9 +138,7 @@ class Wire:
             self._group.isend(t, dst, self._tag(step, microbatch, hop, direction, i)) for i, t in enumerate(payload)
         ]
 
-    def _receive(
-        self, buffers: Tensors, src: int, step: int, microbatch: int, hop: int, direction: int
-    ) -> Pending:
+    def _receive(self, buffers: Tensors, src: int, step: int, microbatch: int, hop: int, direction: int) -> Pending:
         works = [
             self._group.irecv(t, src, self._tag(step, microbatch, hop, direction, i)) for i, t in enumerate(buffers)
         ]

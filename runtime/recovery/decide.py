@@ -81,8 +81,7 @@ def ranks_without_source(reports: Sequence[Report], step: int) -> tuple[int, ...
         sorted(
             report.rank
             for report in reports
-            if not live & set(report.peers)
-            and not all(step in held.get(peer, frozenset()) for peer in report.peers)
+            if not live & set(report.peers) and not all(step in held.get(peer, frozenset()) for peer in report.peers)
         )
     )
 

@@ -23,7 +23,7 @@ from holdfast.proto.lease import PAGE_BYTES, LeasePage, Phase
 from ..comm.group import Backend, Group
 from ..inject import Injector
 from ..lease import Lease
-from ..member import AgentLink, Formed, Identity, JoinReport, Member
+from ..member import AgentLink, Identity, JoinReport, Member
 from .peer import transfer_state
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Session:
         if self._group is not None:
             self._group.close()
             self._group = None
-        self.injector.at("join")
+        self.injector.at("join", engine.step)
         engine.snapshots.settle()
         self.lease.renew(Phase.WAITING)
         generation = member.await_fence(self.generation)
@@ -157,19 +157,17 @@ class Session:
         formed = member.join(generation, report)
         self.lease.renew(Phase.RECOVERING)
         self.solo = formed.solo
-        if not formed.solo:
-            self._build(generation, formed)
-        self.injector.at("restore")
+        group = None if formed.solo else self._build(generation, engine.step)
+        self.injector.at("restore", engine.step)
         sources = engine.snapshots.restore(formed)
-        if self._group is not None:
-            sources += transfer_state(engine, self._group, formed)
-        engine.snapshots.resumed(formed.resume_step)
+        if group is not None:
+            sources += transfer_state(engine, group, formed)
         member.restored(generation, formed.resume_step, sources)
         self.lease.joined(generation, formed.resume_step)
-        if self._group is not None:
-            engine.attach(self._group)
+        if group is not None:
+            engine.attach(group)
 
-    def _build(self, generation: int, formed: Formed) -> None:
+    def _build(self, generation: int, step: int) -> Group:
         member = self._member
         assert member is not None
         group = Group(
@@ -182,10 +180,11 @@ class Session:
         )
         self._group = group
         member.attach(group)
-        self.injector.at("build")
+        self.injector.at("build", step)
         self.lease.renew(Phase.WAITING)
         group.build()
         self.lease.renew(Phase.RECOVERING)
+        return group
 
     def use_backend(self, backend: Backend) -> None:
         """The device's communication backend; kept for the life of the process."""
@@ -203,4 +202,3 @@ class Session:
             backend=self._need_backend(),
             publish=lambda key, value: None,
         )
-

@@ -86,9 +86,7 @@ def any_paths(draw: st.DrawFn) -> Plan:
         order = draw(st.permutations(range(units)))
         cuts = sorted(draw(st.sets(st.integers(1, max(1, units - 1)), max_size=units - 1)) - {units})
         spans = pairwise([0, *cuts, units])
-        ways.append(
-            Path(tuple(Hop(draw(st.integers(0, world_size - 1)), tuple(order[b:e])) for b, e in spans))
-        )
+        ways.append(Path(tuple(Hop(draw(st.integers(0, world_size - 1)), tuple(order[b:e])) for b, e in spans)))
     paths = draw(st.lists(st.sampled_from(ways), min_size=1, max_size=10))
     return Plan(world_size, units, tuple(paths), draw(st.sampled_from(["1f1b", "gpipe"])))
 
@@ -201,11 +199,7 @@ def test_validation_may_leave_all_backwards_out(plan: Plan) -> None:
     arrived: set[tuple[int, int]] = set()
     lists = [[a for a in mine.actions if a.kind == "F"] for mine in schedule.ranks]
     while any(lists):
-        ready = [
-            mine
-            for mine in lists
-            if mine and (not mine[0].hop or (mine[0].microbatch, mine[0].hop) in arrived)
-        ]
+        ready = [mine for mine in lists if mine and (not mine[0].hop or (mine[0].microbatch, mine[0].hop) in arrived)]
         assert ready, "deadlock"
         action = ready[0].pop(0)
         arrived.add((action.microbatch, action.hop + 1))
@@ -261,13 +255,9 @@ def test_neighbouring_hops_on_one_rank_run_as_one_stage() -> None:
 
 @thorough
 @given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 4))
-def test_full_groups_run_megatrons_interleaved_order_in_its_time(
-    stages: int, rounds: int, groups: int
-) -> None:
+def test_full_groups_run_megatrons_interleaved_order_in_its_time(stages: int, rounds: int, groups: int) -> None:
     microbatches = groups * stages
-    plan = grid_plan(
-        units=stages * rounds, stages=stages, replicas=1, microbatches=microbatches, interleave=rounds
-    )
+    plan = grid_plan(units=stages * rounds, stages=stages, replicas=1, microbatches=microbatches, interleave=rounds)
     schedule = make_schedule(plan)
     total = microbatches * rounds
 
@@ -289,12 +279,8 @@ def test_full_groups_run_megatrons_interleaved_order_in_its_time(
 
 @thorough
 @given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 16))
-def test_a_group_that_is_not_full_costs_no_more_than_a_full_one(
-    stages: int, rounds: int, microbatches: int
-) -> None:
-    plan = grid_plan(
-        units=stages * rounds, stages=stages, replicas=1, microbatches=microbatches, interleave=rounds
-    )
+def test_a_group_that_is_not_full_costs_no_more_than_a_full_one(stages: int, rounds: int, microbatches: int) -> None:
+    plan = grid_plan(units=stages * rounds, stages=stages, replicas=1, microbatches=microbatches, interleave=rounds)
     schedule = make_schedule(plan)
     check(plan, schedule)
     padded = -(-microbatches // stages) * stages
@@ -325,9 +311,7 @@ def test_gpipe_never_mixes_forwards_and_backwards_at_a_rank(plan: Plan) -> None:
 
 @thorough
 @given(st.integers(2, 7), st.integers(1, 16), st.data())
-def test_a_limit_in_flight_is_kept_on_every_chain(
-    stages: int, microbatches: int, data: st.DataObject
-) -> None:
+def test_a_limit_in_flight_is_kept_on_every_chain(stages: int, microbatches: int, data: st.DataObject) -> None:
     plan = grid_plan(units=stages, stages=stages, replicas=1, microbatches=microbatches)
     limits = data.draw(st.dictionaries(st.integers(0, stages - 1), st.integers(1, 4), min_size=1))
     schedule = make_schedule(plan, in_flight=limits)
@@ -337,9 +321,7 @@ def test_a_limit_in_flight_is_kept_on_every_chain(
 
 @thorough
 @given(st.integers(1, 7), st.integers(1, 16))
-def test_the_greedy_order_under_classical_limits_is_the_classical_order(
-    stages: int, microbatches: int
-) -> None:
+def test_the_greedy_order_under_classical_limits_is_the_classical_order(stages: int, microbatches: int) -> None:
     plan = grid_plan(units=stages, stages=stages, replicas=1, microbatches=microbatches)
     limits = {rank: stages - rank for rank in range(stages)}
     assert make_schedule(plan, in_flight=limits) == make_schedule(plan)

@@ -7,7 +7,9 @@ import itertools
 from holdfast.runtime.recovery.decide import Impossible, Report, Resume, Source, decide_resume
 
 
-def report(rank: int, live: int, held: dict[int, set[int]] | None = None, peers: tuple[int, ...] | None = None) -> Report:
+def report(
+    rank: int, live: int, held: dict[int, set[int]] | None = None, peers: tuple[int, ...] | None = None
+) -> Report:
     kept = {slot: frozenset(steps) for slot, steps in (held or {}).items()}
     return Report(rank, live, peers or (rank,), kept)
 

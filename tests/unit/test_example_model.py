@@ -57,9 +57,7 @@ def _tokens(cfg: model.DecoderConfig, batch: int = 2) -> torch.Tensor:
 # ---- model ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("preset", "millions"), [("tiny", 0.10), ("demo", 1.67), ("small", 5.41), ("84m", 84.46)]
-)
+@pytest.mark.parametrize(("preset", "millions"), [("tiny", 0.10), ("demo", 1.67), ("small", 5.41), ("84m", 84.46)])
 def test_a_preset_has_the_size_it_says(preset: str, millions: float) -> None:
     assert model.count_parameters(model.PRESETS[preset]) / 1e6 == pytest.approx(millions, abs=0.005)
 
@@ -336,9 +334,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_plain_python_trains_prints_and_writes_its_state(
-    alone: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_python_trains_prints_and_writes_its_state(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--preset",
         "tiny",
@@ -389,9 +385,7 @@ def test_an_argument_that_makes_no_sense_ends_with_exit_code_2(wrong: list[str])
     assert left.value.code == 2
 
 
-def test_a_layout_that_cannot_be_is_one_line_and_exit_code_2(
-    alone: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_layout_that_cannot_be_is_one_line_and_exit_code_2(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         _example("pretrain").main(["--preset", "tiny", "--stages", "3", "--data", str(alone / "text.txt")])
     assert left.value.code == 2

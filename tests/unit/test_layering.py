@@ -151,9 +151,7 @@ def spelt_wrong(module: Module) -> list[str]:
 
 def impurities(module: Module) -> list[str]:
     """Imports, anywhere in the module, of what a pure module does without."""
-    return [
-        module.at(node, f"imports {name}") for name, node in imported(module) if name.split(".")[0] in IMPURE
-    ]
+    return [module.at(node, f"imports {name}") for name, node in imported(module) if name.split(".")[0] in IMPURE]
 
 
 def reached_impurities(start: Module, known: dict[str, Module]) -> list[str]:
@@ -174,9 +172,7 @@ def reached_impurities(start: Module, known: dict[str, Module]) -> list[str]:
 
 
 def undocumented(module: Module) -> list[str]:
-    return (
-        [] if ast.get_docstring(module.tree) else [module.at(module.tree, "does not open with a docstring")]
-    )
+    return [] if ast.get_docstring(module.tree) else [module.at(module.tree, "does not open with a docstring")]
 
 
 def too_long(module: Module) -> list[str]:
@@ -223,9 +219,7 @@ def sleeps(module: Module) -> list[str]:
 
 
 def pickles(module: Module) -> list[str]:
-    return [
-        module.at(node, f"imports {name}") for name, node in imported(module) if name.split(".")[0] in PICKLES
-    ]
+    return [module.at(node, f"imports {name}") for name, node in imported(module) if name.split(".")[0] in PICKLES]
 
 
 # ---- each rule finds what it is for -----------------------------------------------------------------------
@@ -298,9 +292,7 @@ def test_an_impurity_behind_another_module_is_found_but_not_one_that_importing_d
     known["holdfast.ckpt"] = Module(
         "holdfast.ckpt", "if TYPE_CHECKING:\n    import os\nelse:\n    import time", package=True
     )
-    assert reached_impurities(pure, known) == [
-        "example.py:4: holdfast.ckpt.pieces reaches time through holdfast.ckpt"
-    ]
+    assert reached_impurities(pure, known) == ["example.py:4: holdfast.ckpt.pieces reaches time through holdfast.ckpt"]
     known["holdfast.ckpt.other"] = _broken("import torch", "holdfast.ckpt.other")
     assert len(reached_impurities(pure, known)) == 2
 
@@ -313,9 +305,7 @@ def test_the_source_is_found() -> None:
     assert "pretrain" in {module.name for module in examples()}
 
 
-@pytest.mark.parametrize(
-    "rule", [points_left, spelt_wrong, hidden_errors, sleeps, pickles], ids=lambda r: r.__name__
-)
+@pytest.mark.parametrize("rule", [points_left, spelt_wrong, hidden_errors, sleeps, pickles], ids=lambda r: r.__name__)
 def test_the_packages_keep(rule: Rule) -> None:
     _nothing([line for module in packages() for line in rule(module)])
 
@@ -329,9 +319,7 @@ def test_the_packages_and_examples_keep(rule: Rule) -> None:
 def test_a_pure_module_stays_pure(name: str) -> None:
     known = {module.name: module for module in packages()}
     if name not in known:
-        pytest.fail(
-            f"{name} is listed as pure and not there; if it was renamed, rename it here", pytrace=False
-        )
+        pytest.fail(f"{name} is listed as pure and not there; if it was renamed, rename it here", pytrace=False)
     _nothing(impurities(known[name]) + reached_impurities(known[name], known))
 
 

@@ -149,8 +149,5 @@ def test_a_plan_that_cannot_be_is_refused_in_one_sentence(wrong: dict[str, objec
 
 
 def test_the_same_question_gives_the_same_plan_and_another_one_another() -> None:
-    plans = [
-        grid_plan(units=7, stages=3, replicas=2, microbatches=m, costs=[3, 1, 1, 1, 2, 2, 2])
-        for m in (8, 8, 9)
-    ]
+    plans = [grid_plan(units=7, stages=3, replicas=2, microbatches=m, costs=[3, 1, 1, 1, 2, 2, 2]) for m in (8, 8, 9)]
     assert plans[0].digest() == plans[1].digest() != plans[2].digest()

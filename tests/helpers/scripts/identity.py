@@ -1,6 +1,5 @@
 """Prints what a script can see of the interpreter it runs in; its first incarnation then kills itself."""
 
-import inspect
 import json
 import os
 import pickle
@@ -18,6 +17,23 @@ class Local:
     """Must be found by pickle under __main__."""
 
 
+def is_open(descriptor: int) -> bool:
+    """Whether this process has it."""
+    return os.path.islink(f"/proc/self/fd/{descriptor}")
+
+
+def siblings_of_the_zygote() -> int:
+    """How many zygotes and standbys our parent, the agent, has."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            count += parent == os.getppid() and b"launcher.zygote" in (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+    return count
+
+
 def main() -> None:
     client = Client()
     client.renew(Phase.USER)
@@ -28,19 +44,20 @@ def main() -> None:
         "argv": sys.argv,
         "path0": sys.path[0],
         "cwd": os.getcwd(),
-        "pickled": type(pickle.loads(pickle.dumps(Local()))).__module__ if sys.modules["__main__"].__dict__ is globals() else "",
+        "pickled": type(pickle.loads(pickle.dumps(Local()))).__module__
+        if sys.modules["__main__"].__dict__ is globals()
+        else "",
         "session": os.getsid(0) == os.getpid(),
         "environment": {k: v for k, v in os.environ.items() if k not in ("HOLDFAST_INCARNATION",)},
         "descriptors": sorted({os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in ("0", "1", "2")}),
-        "sockets": sum(os.readlink(p).startswith("socket") for p in Path("/proc/self/fd").iterdir() if p.is_symlink()),
+        "open": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in range(3, 64) if is_open(fd)),
         "unbuffered": sys.stdout.write_through,
-        "depth": "zygote" in repr(inspect.stack()[1:]) and client.incarnation == 0,
         "handlers": [repr(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE)],
     }
     print(json.dumps(seen), flush=True)
     if client.incarnation == 0:
-        # Until the zygote has delivered, a replacement would be a fresh process.
-        time.sleep(float(os.environ.get("IDENTITY_WAIT_S", "12")))
+        while siblings_of_the_zygote() < 2:  # without a standby a fresh process would replace us
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
     client.send({"done": True})
 

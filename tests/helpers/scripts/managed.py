@@ -44,7 +44,10 @@ def main() -> None:
         time.sleep(seconds)
         client.commit(step)
     client.send({"done": True})
-    print(f"done rank={client.rank} incarnation={client.incarnation} coordinator={client.coordinator}", flush=True)
+    print(
+        f"done rank={client.rank} incarnation={client.incarnation} coordinator={client.coordinator}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
