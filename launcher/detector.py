@@ -24,7 +24,13 @@ from typing import Final
 from holdfast.proto.lease import COMPUTE_PHASES, Phase
 
 SAME_STEP_DEATHS: Final = 3
-"""So many deaths of one rank without one newly committed step are a bug that a replacement repeats."""
+"""So many deaths of one rank by its own doing without one newly committed step: a replacement repeats the bug."""
+
+SAME_STEP_KILLS: Final = 10
+"""The same for deaths of any cause: somebody kills it (the kernel for its memory, say) and will again."""
+
+FROM_OUTSIDE: Final = frozenset({"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"})
+"""Deaths that a process seldom causes itself."""
 
 
 class Health(Enum):
@@ -152,11 +158,14 @@ def decide_replacement(rank: int, deaths: Sequence[Death], used: int, budget: in
     """
     if used >= budget:
         return Refuse(f"rank {rank} lost ({deaths[-1].reason}): all {budget} replacements are used up")
-    own = [death for death in deaths if not death.injected][-SAME_STEP_DEATHS:]
-    if len(own) == SAME_STEP_DEATHS and own[0].best_step == own[-1].best_step and not deaths[-1].injected:
-        reasons = ", ".join(death.reason for death in own)
-        after = f"after step {own[0].best_step}" if own[0].best_step >= 0 else "before the first step"
-        return Refuse(f"rank {rank} died {len(own)} times {after} with no step committed in between ({reasons})")
+    if deaths[-1].injected:
+        return Replace()
+    here = [d for d in deaths if d.best_step == deaths[-1].best_step and not d.injected]
+    own = [d for d in here if d.reason not in FROM_OUTSIDE]
+    if len(own) >= SAME_STEP_DEATHS or len(here) >= SAME_STEP_KILLS:
+        reasons = ", ".join(death.reason for death in here[-SAME_STEP_DEATHS:])
+        after = f"after step {here[0].best_step}" if here[0].best_step >= 0 else "before the first step"
+        return Refuse(f"rank {rank} died {len(here)} times {after} with no step committed in between ({reasons})")
     return Replace()
 
 

@@ -76,6 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
             )
             if action.default == 0:
                 action.default = None  # else PET_MAX_RESTARTS has set it
+    _add_ours(parser)
+    return parser
+
+
+def _add_ours(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("holdfast").add_argument
     add("--standbys", type=int, default=1, metavar="N", help="warm standby processes per host (default 1)")
     add("--preload", default="", metavar="MODULE[,...]", help="modules that standbys import in advance")
@@ -121,7 +126,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="scripted faults: rank=2,step=5,at=backward:3,kind=kill;...",
     )
     add("--snapshots", choices=("on", "off"), default="on", help="snapshots in memory (default on)")
-    return parser
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import gc
 import importlib
 import io
@@ -228,8 +227,10 @@ def _finish() -> int:
     code = 0
     internals: Any = threading
     for step in (internals._shutdown, atexit._run_exitfuncs):
-        with contextlib.suppress(Exception):  # shown by the interpreter's own hooks already
+        try:
             step()
+        except Exception as error:
+            print(f"error at exit: {type(error).__name__}: {error}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

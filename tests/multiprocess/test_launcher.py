@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from holdfast.launcher import run
+
 SCRIPTS = Path(__file__).parents[1] / "helpers" / "scripts"
 MANAGED = str(SCRIPTS / "managed.py")
 PLAIN = str(SCRIPTS / "plain.py")
@@ -278,7 +280,7 @@ def test_sigkill_of_the_agent_leaves_no_process(job: Job) -> None:
 
 
 def test_a_killed_coordinator_is_restarted_and_the_ranks_learn_its_address(job: Job) -> None:
-    job.start("--nproc-per-node", "2", MANAGED, "60", "0.1", "kill=1:0:50")
+    job.start("--nproc-per-node", "2", MANAGED, "30", "0.1", "kill=1:0:20")
     job.await_ups((0, 0), (1, 0))
     coordinator = next(pid for pid, command in job.processes().items() if "launcher.coordinator" in command)
     os.kill(coordinator, signal.SIGKILL)
@@ -317,30 +319,46 @@ def test_a_forged_hello_is_refused(job: Job) -> None:
     assert job.wait() == 0, job.err
 
 
-def test_what_is_wrong_is_one_line_and_exit_code_2(job: Job) -> None:
-    cases = [
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--log-dirr", "x", PLAIN], "unknown option --log-dirr; did you mean --log-dir?"),
         (["absent.py"], "no such script: absent.py"),
         ([], "no script given"),
         (["-m", "absent.module"], "no module named absent.module"),
         (["--faults", "rank=1,at=nowhere", PLAIN], "--faults: fault 'rank=1,at=nowhere': no point 'nowhere'"),
         (["--nproc-per-node", "0", PLAIN], "--nproc-per-node must be at least 1, got 0"),
+        (["--nproc-per-node", "many", PLAIN], "--nproc-per-node: Unsupported nproc_per_node value: many"),
+        (["--nnodes", "2:1", PLAIN], "--nnodes must be at least 1 and rising, got '2:1'"),
+        (["--tee", "7", PLAIN], "--tee is 0..3 or RANK:0..3,..., got '7'"),
+        (["--lease-min", "0", PLAIN], "--lease-min must be above 0 seconds, got 0.0"),
+        (["--max-restarts", "-1", PLAIN], "--max-restarts must be 0 or more, got -1"),
         (["--coordinator-bind", "127.0.0.1:99999", PLAIN], "--coordinator-bind is HOST:PORT"),
         (["--job-id", "a/b", PLAIN], "--job-id has letters"),
-    ]
-    for arguments, message in cases:
-        done = subprocess.run(
-            [sys.executable, "-m", "holdfast.launcher.run", *arguments],
-            cwd=job.folder,
-            env=job.env,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-        )
-        assert done.returncode == 2, done
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stderr.startswith(f"holdfast: error: {message}"), done.stderr
-    assert not (job.folder / "holdfast-runs").exists(), "nothing was begun"
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"holdfast: error: {message}")
+    assert not (tmp_path / "holdfast-runs").exists(), "nothing was begun"
+
+
+def test_unknown_options_end_the_real_command_with_2(job: Job) -> None:
+    assert job.start("run", "--standbies", "2", PLAIN, command="holdfast.launcher.cli").wait() == 2
+    assert (
+        job.err == "holdfast: error: unknown option --standbies; did you mean --standbys? (see holdfast run --help)\n"
+    )
+    assert job.out == ""
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2(job: Job) -> None:

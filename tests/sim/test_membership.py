@@ -239,7 +239,7 @@ class World:
             if process.alive:
                 halves[half], process.copying = step, NO_STEP
 
-        if self.chance.random() < 0.03:
+        if keep != NO_STEP and self.chance.random() < 0.03:
             process.copying = NO_STEP  # the manager is away: this snapshot is skipped
         else:
             self.soon(whole, 6.0)

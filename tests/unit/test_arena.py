@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from holdfast.ckpt.memory.arena import ArenaEntry, Half, State, arena_bytes, layout
+from holdfast.ckpt.memory.digest import digest_of, digest_while
 from holdfast.ckpt.memory.memfd import RESERVE_BYTES, MappedHalf, Room, create, is_sealed, read_only, room
 from holdfast.ckpt.memory.table import Table
 from holdfast.proto.errors import ConfigError, SnapshotCorrupt, SnapshotError, SnapshotIncomplete
@@ -246,6 +248,22 @@ def test_a_half_that_is_begun_again_while_it_is_digested_gets_no_verdict() -> No
     assert Slow(buffer, "job").judge() is None
 
 
+def test_a_half_that_is_begun_again_after_its_last_byte_was_digested_gets_no_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffer = memory()
+    rank = Half(buffer, "job")
+    write(rank, 4)
+
+    def slow(data: memoryview, wanted: Callable[[], bool]) -> bytes | None:
+        digest = digest_while(data, wanted)
+        rank.begin(6, PLAN, 2, ENTRIES, META)
+        return digest
+
+    monkeypatch.setattr("holdfast.ckpt.memory.arena.digest_while", slow)
+    assert Half(buffer, "job").judge() is None
+
+
 def test_a_reader_that_is_overtaken_hears_of_it() -> None:
     buffer = sealed(4)
     rank, reader = Half(buffer, "job"), Half(buffer, "job")
@@ -261,7 +279,7 @@ def test_a_digest_is_stored_once_so_that_a_later_flip_stays_visible() -> None:
     buffer[4100] ^= 1
     half = Half(buffer, "job")
     assert half.judge() is None
-    half.seal(1, bytes(16))
+    half.seal(1, digest_of(buffer[4096 : layout(ENTRIES)[1]]))
     with pytest.raises(SnapshotCorrupt, match="not what was sealed"):
         half.verify()
 
@@ -309,12 +327,13 @@ def test_every_flipped_byte_of_data_and_table_is_found() -> None:
 
 
 @pytest.mark.parametrize("word", [TABLE_OFFSET, TABLE_BYTES, DATA_OFFSET, DATA_BYTES])
-@pytest.mark.parametrize("value", [0, 1, 4095, 2**63, 2**64 - 1, 2**64 - 4096, None])
-def test_hostile_lengths_are_refused(word: int, value: int | None) -> None:
+@pytest.mark.parametrize("value", [2**63, 2**64 - 1, 2**64 - 4096, 0, None])
+def test_hostile_lengths_are_refused_before_they_are_used(word: int, value: int | None) -> None:
     buffer = sealed(4)
     hostile = len(buffer) + 1 if value is None else value
     buffer[word : word + 8] = hostile.to_bytes(8, "little")
-    with pytest.raises(SnapshotCorrupt):
+    short = hostile == 0 and word in (TABLE_BYTES, DATA_BYTES)
+    with pytest.raises(SnapshotCorrupt, match="table" if short else "does not lie in the arena"):
         read_and_verify(buffer)
 
 

@@ -112,6 +112,15 @@ def test_three_deaths_without_a_new_step_are_a_bug_of_the_program() -> None:
     assert "before the first step" in refused.reason
 
 
+def test_deaths_from_outside_are_borne_longer() -> None:
+    kills = deaths(7, 7, 7, 7, reason="SIGKILL")
+    assert decide_replacement(2, kills, used=4, budget=99) == Replace()
+    assert decide_replacement(2, [*kills, *deaths(7, 7)], used=6, budget=99) == Replace()
+    assert isinstance(decide_replacement(2, [*kills, *deaths(7, 7, 7)], used=7, budget=99), Refuse)
+    assert decide_replacement(2, deaths(*[7] * 9, reason="SIGKILL"), used=9, budget=99) == Replace()
+    assert isinstance(decide_replacement(2, deaths(*[7] * 10, reason="SIGKILL"), used=10, budget=99), Refuse)
+
+
 def test_a_step_committed_in_between_starts_the_count_again() -> None:
     assert decide_replacement(2, deaths(7, 7, 8), used=3, budget=10) == Replace()
     assert decide_replacement(2, deaths(7, 7, 8, 8), used=4, budget=10) == Replace()
