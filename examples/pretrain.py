@@ -13,6 +13,7 @@ Invariant: only rank 0 prints progress, and --out holds for each rank a whole fi
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -55,6 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validate-every", type=int, default=0, help="steps between validations, 0 for none (0)")
     add("--data", metavar="FILE_OR_GLOB", help="text to learn (the source of Python's standard library)")
     add("--out", type=Path, metavar="DIR", help="write the final state there, one safetensors file a rank")
+    add("--step-log", type=Path, metavar="FILE", help="append one JSON line a step there (rank 0)")
     add("--log-every", type=_positive, default=10, help="steps between lines (10)")
     arguments = parser.parse_args(argv)
     if not arguments.lr > 0:
@@ -125,6 +127,9 @@ def train(trainer: Trainer, arguments: argparse.Namespace) -> None:
         tokens, seconds = tokens + result.tokens, seconds + result.seconds
         if trainer.rank != 0:
             continue
+        if arguments.step_log is not None:
+            with arguments.step_log.open("a") as log:
+                log.write(json.dumps({"step": result.step, "loss": result.loss, "seconds": result.seconds}) + "\n")
         for recovery in result.recovered:
             print(f"recovered  {recovery}", flush=True)
         last = step.number == arguments.steps

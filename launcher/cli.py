@@ -1,6 +1,6 @@
 """The `holdfast` command: finds the subcommand and calls it. Imports nothing heavy before it knows which.
 
-    holdfast run | status | chaos | bench | ckpt | report | version
+    holdfast run | status | chaos | bench | version
 
 A subcommand is a module with `main(argv) -> int`; one that is not installed is said so in a line. Exit code 2
 means that nothing was done.
@@ -24,8 +24,6 @@ COMMANDS: Final = {
     "status": ("", "what a running job does now"),
     "chaos": ("holdfast.launcher.chaos", "hurt a running job on purpose"),
     "bench": ("holdfast.launcher.bench", "measure recovery and overhead"),
-    "ckpt": ("holdfast.ckpt.cli", "inspect and convert checkpoints"),
-    "report": ("holdfast.launcher.report", "render a run's event record"),
     "version": ("", "print the version"),
 }
 
@@ -33,7 +31,8 @@ EXAMPLES: Final = """\
 examples:
   holdfast run --nproc-per-node 4 train.py --config llama.toml
   holdfast status
-  holdfast chaos --every 30s --kinds kill,hang
+  holdfast chaos --every 30s --kinds kill,hang -- holdfast run --nproc-per-node 4 train.py
+  holdfast bench recovery
   holdfast run --help
 """
 

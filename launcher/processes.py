@@ -198,7 +198,7 @@ def append_logs(stdout: str, stderr: str) -> Iterator[tuple[int | None, ...]]:
     """Open a rank's log files for appending ("" means: inherited). Yields two descriptors or None each."""
     with contextlib.ExitStack() as stack:
         # torch's own handler truncates, which would lose the earlier incarnation and break its tail.
-        files = [stack.enter_context(open(path, "ab")) if path else None for path in (stdout, stderr)]
+        files = [stack.enter_context(open(path, "wb")) if path else None for path in (stdout, stderr)]
         yield tuple(file.fileno() if file is not None else None for file in files)
 
 
@@ -211,7 +211,16 @@ def spawn_rank(
     return RankHandler(local_rank, proc)
 
 
+def describe_exit(code: int) -> str:
+    """An exit code as Popen gives it, in words: "exit 1", "SIGKILL"."""
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit {code}"
+    except ValueError:
+        return f"signal {-code}"
+
+
 def tell(line: str) -> None:
     """One line for the operator. Whoever closed our stderr wants none, and must not end the job by it."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"[holdfast] {line}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"[holdfast] {line}\n")  # one write: ranks print to the same place
+        sys.stderr.flush()

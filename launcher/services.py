@@ -25,7 +25,7 @@ from holdfast.proto import env
 from holdfast.proto.errors import ConfigError, HoldfastError, JobFailed
 
 from .loop import Loop
-from .processes import tell
+from .processes import describe_exit, tell
 
 START_DEADLINE_S: Final = 60.0
 BACKOFF_FIRST_S: Final = 0.1
@@ -186,7 +186,7 @@ class Coordinator:
             self._bind = self._bind.rpartition(":")[0] + ":0"  # somebody took the port meanwhile
         said = last_line(self._log) if code > 0 else ""
         detail = f": {said}" if said else ""
-        tell(f"the coordinator ended (exit {code}{detail}); restarting it")
+        tell(f"the coordinator ended ({describe_exit(code)}{detail}); restarting it")
         self._loop.later(self._backoff.next_s(), self._restart)
 
     def _restart(self) -> None:
@@ -316,7 +316,7 @@ class SnapshotManager:
             with contextlib.suppress(HoldfastError, OSError):
                 self._client.close()
             self._client = None
-        tell(f"the snapshot manager ended (exit {code}); restarting it")
+        tell(f"the snapshot manager ended ({describe_exit(code)}); restarting it")
         self._loop.later(self._backoff.next_s(), self._restart)
 
     def _restart(self) -> None:

@@ -24,6 +24,11 @@ from .zygote import FORK, Assignment
 
 ZYGOTE_STARTS: Final = 3
 ASSIGN_TIMEOUT_S: Final = 2.0
+ZYGOTE_ENVIRONMENT: Final = {
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+    # Asking whether there is a CUDA device must not initialise the driver, which does not survive a fork.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
 
 
 @dataclass(slots=True)
@@ -80,7 +85,7 @@ class StandbyPool:
             self._zygote = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
-                env={**self._environment, "GRPC_ENABLE_FORK_SUPPORT": "0"},
+                env={**self._environment, **ZYGOTE_ENVIRONMENT},
                 start_new_session=True,  # Ctrl-C is for the agent, which then ends everything in order
             )
         ours.setblocking(False)
@@ -148,7 +153,7 @@ class StandbyPool:
             data = b""
         if data:
             standby.pid = int(json.loads(data)["ready"])
-            self._warm = True
+            self._warm, self._starts = True, 1
             self._pending.remove(standby)
             self._ready.append(standby)
         else:

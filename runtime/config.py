@@ -37,6 +37,7 @@ class TrainerConfig:
     checkpoint_activations: bool = False
     loss_scale: float | Literal["dynamic"] | None = None
     skip_nonfinite: bool = False
+    snapshot_every: int = 1
     seed: int = 0
     shuffle: bool = True
     exact: bool = True
@@ -44,7 +45,7 @@ class TrainerConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("microbatch_size", "interleave"):
+        for name in ("microbatch_size", "interleave", "snapshot_every"):
             _positive(name, getattr(self, name))
         for name in ("microbatches", "batch_size", "stages", "replicas", "validation_microbatches"):
             if getattr(self, name) is not None:

@@ -56,8 +56,10 @@ class DatasetSource:
         at = (step, microbatch)
         if self._cached is None or self._cached[0] != at:
             first = ((step - 1) * self._microbatches + microbatch) * self._size
-            samples = [self._dataset[self._index(first + i)] for i in range(self._size)]
-            inputs, targets = default_collate(samples)
+            # The first and the last stage each read the microbatch: random augmentation must agree between them.
+            with rng.seeded(torch.device("cpu"), rng.key(self._seed, 0xA06, step, microbatch)):
+                samples = [self._dataset[self._index(first + i)] for i in range(self._size)]
+                inputs, targets = default_collate(samples)
             self._cached = (at, (inputs, targets))
         return self._cached[1]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from holdfast.proto.errors import ConfigError
+from holdfast.proto.errors import ConfigError, Fenced, PeerLost
 from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 from holdfast.proto.plan import Plan
@@ -36,6 +36,7 @@ from .pipeline.schedule import make_schedule
 from .scaler import LossScaler
 from .snapshot import Snapshots
 from .state import ModelState, build_unit, check_layers, find_ties
+from .undo import Undo
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +185,7 @@ class Engine:
                     config.clip_norm,
                     config.exact,
                     config.validate_every,
+                    config.snapshot_every,
                 ),
             )
         )
@@ -223,13 +225,18 @@ class Engine:
         started = time.monotonic()
         self._session.check()
         lease.renew(Phase.FORWARD)
-        self.source.begin(step)
-        outcome = self._executor.run(step, self.source, train=True, loss_scale=self.scaler.scale)
-        gradients = self._exchange(group, outcome, step)
-        lease.renew(Phase.SNAPSHOT)
-        self.snapshots.fence()
-        self.injector.at("commit", step)
-        gathered = self._gather(group, outcome, gradients)
+        before = Undo(self.state, self.source, self.device.device)
+        try:
+            self.source.begin(step)
+            outcome = self._executor.run(step, self.source, train=True, loss_scale=self.scaler.scale)
+            gradients = self._exchange(group, outcome, step)
+            lease.renew(Phase.SNAPSHOT)
+            self.snapshots.fence()
+            self.injector.at("commit", step)
+            gathered = self._gather(group, outcome, gradients)
+        except (Fenced, PeerLost):
+            before.take_back()
+            raise
         self._commit(step, gathered, gradients, time.monotonic() - started)
 
     def _exchange(self, group: Group, outcome: Outcome, step: int) -> dict[tuple[int, str], torch.Tensor | None]:
@@ -337,7 +344,7 @@ class Engine:
 
         Without a snapshot manager there is nothing to wait for; after FINISH_TRIES that is said and accepted.
         """
-        if self._session.solo:
+        if self._session.solo or not self._session.managed:
             return
         group = self._need_group()
         for _ in range(FINISH_TRIES):
@@ -348,7 +355,7 @@ class Engine:
             if kept == self.step or not self._session.identity.snapshots:
                 return
             if self.step not in self.snapshots.steps():
-                self.snapshots.begin(self.step, keep=kept)
+                self.snapshots.begin(self.step, keep=kept, must=True)
         log.warning("the state after the last step %d is not in memory on every rank", self.step)
 
     def _need_group(self) -> Group:
@@ -362,6 +369,10 @@ class Engine:
         if self.step == 0 and self._session.identity.incarnation > 0 and not self.deterministic_start:
             return NO_STEP
         return self.step
+
+    def forget(self) -> None:
+        """The state in this process' memory is not to be trained from: a restore of it broke off."""
+        self.step = NO_STEP
 
     def gate(self) -> dict[str, Any]:
         """What all ranks must agree on before a generation trains; None: this rank does not know."""
@@ -388,6 +399,7 @@ class Engine:
 
     def load(self, step: int, tensors: Any, metadata: Any) -> None:
         """Become the state after `step`."""
+        self.forget()
         self.state.load(tensors, metadata)
         self.scaler.load_state_dict(metadata["scaler"])
         self.source.load_state(metadata["data"])

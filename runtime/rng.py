@@ -49,6 +49,21 @@ def preserved(device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(cuda, device)
 
 
+@contextmanager
+def seeded(device: torch.device, value: int) -> Iterator[None]:
+    """Python's, numpy's and torch's generators seeded by `value`; afterwards as they were found."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with preserved(device):
+        random.seed(value)
+        np.random.seed(value & 0xFFFF_FFFF)
+        seed_device(device, value)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
 def capture(device: torch.device) -> dict[str, Any]:
     """State of Python's, numpy's, torch's and the device's generators, as capturable values."""
     version, internal, gauss = random.getstate()

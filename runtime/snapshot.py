@@ -26,11 +26,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from holdfast.ckpt.memory import metadata as blob
-from holdfast.ckpt.memory.arena import ArenaEntry, arena_bytes
+from holdfast.ckpt.memory.arena import ArenaEntry, Table, arena_bytes
 from holdfast.ckpt.memory.client import SmpClient
 from holdfast.ckpt.memory.memfd import MappedHalf
 from holdfast.ckpt.pieces import assign_owners
-from holdfast.proto.errors import ConfigError, PeerLost, SnapshotError, SnapshotIncomplete
+from holdfast.proto.errors import (
+    ConfigError,
+    HoldfastError,
+    PeerLost,
+    SnapshotCorrupt,
+    SnapshotError,
+    SnapshotIncomplete,
+)
 from holdfast.proto.ids import NO_STEP
 
 from .member import Formed
@@ -56,6 +63,7 @@ DTYPES: dict[torch.dtype, str] = {
 }
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 _TIMEOUT_S = 10.0
+RESTORABLE = ("COPIED", "SEALED")
 
 
 def choose_half(steps: Sequence[int], keep: int) -> int:
@@ -83,6 +91,7 @@ class Snapshots:
         self._engine = engine
         self._session = session
         self._slot = identity.rank
+        self.every = engine.config.snapshot_every
         self._enabled = identity.snapshots and bool(identity.smp)
         self._client: SmpClient | None = None
         self._halves: dict[int, MappedHalf] = {}
@@ -90,7 +99,7 @@ class Snapshots:
         self._jobs: SimpleQueue[_Copy | None] = SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
-        self._opened: list[MappedHalf] = []
+        self._opened: list[tuple[MappedHalf, Table]] = []
         self.skipped = 0
         if self._enabled:
             self._connect()
@@ -102,9 +111,12 @@ class Snapshots:
 
     # ---- every step ---------------------------------------------------------------------------------
 
-    def begin(self, step: int, *, keep: int) -> None:
-        """Start the copy of the state after `step` over the half that does not hold `keep`. Never waits."""
-        if not self._enabled:
+    def begin(self, step: int, *, keep: int, must: bool = False) -> None:
+        """Start the copy of the state after `step` over the half that does not hold `keep`. Never waits.
+
+        Only every `every`-th step is kept, and what `must` be: the resume step, the last step.
+        """
+        if not self._enabled or (step % self.every and not must):
             return
         half = choose_half(list(self._steps.values()), keep)
         entries = self._owned(self._engine.state.entries())
@@ -145,7 +157,7 @@ class Snapshots:
                 self._copy(job)
                 self._steps[job.half] = job.step
                 self._session.lease.snapshot(job.step, self.skipped)
-            except (PeerLost, SnapshotError, OSError) as error:
+            except (HoldfastError, OSError) as error:  # whatever it is, training goes on: unprotected, and said so
                 self._skip(str(error))
                 self._reconnect()
             finally:
@@ -180,9 +192,11 @@ class Snapshots:
         needed = arena_bytes(entries, metadata)
         mapped = self._halves.get(index)
         if mapped is None or mapped.nbytes < needed:
+            larger = self._need_client().arena(self._slot, index, needed)
+            self._halves[index] = larger
             if mapped is not None:
                 mapped.close()
-            mapped = self._halves[index] = self._need_client().arena(self._slot, index, needed)
+            mapped = larger
         return mapped
 
     # ---- the manager --------------------------------------------------------------------------------
@@ -212,9 +226,11 @@ class Snapshots:
             self._client = None
         try:
             client = self._need_client()
-            for index, mapped in self._halves.items():
-                if self._steps[index] != NO_STEP:
-                    client.adopt(self._slot, index, mapped)
+            for index, mapped in list(self._halves.items()):
+                # Also a half that holds nothing: what the manager does not have must not be written to.
+                if not client.adopt(self._slot, index, mapped):
+                    self._steps[index] = NO_STEP
+                    self._halves.pop(index).close()
         except (PeerLost, SnapshotError, ConfigError) as error:
             log.warning("no snapshot manager: %s", error)
             self._client = None
@@ -233,7 +249,7 @@ class Snapshots:
             return {self._slot: sorted(step for step in self._steps.values() if step != NO_STEP)}
         held: dict[int, list[int]] = {}
         for half in listed:
-            if half.state in ("COPIED", "SEALED"):
+            if half.state in RESTORABLE:
                 held.setdefault(half.slot, []).append(half.step)
                 if half.slot == self._slot:
                     self._steps[half.half] = half.step
@@ -252,13 +268,22 @@ class Snapshots:
         elif rung == "peer":
             return []  # state comes over the group; see recovery/peer.py
         else:
-            tensors, meta, size = self._read(step)
-            engine.load(step, tensors, meta)
-            sources.append(("snapshot", size, len(tensors)))
-            tensors.clear()
-            for mapped in self._opened:
-                mapped.close()
-            self._opened.clear()
+            tensors: dict[tuple[str, str], torch.Tensor] = {}
+            try:
+                meta, size = self._read(step, tensors)
+                engine.load(step, tensors, meta)
+                for mapped, table in self._opened:
+                    mapped.half.confirm(table)
+            except SnapshotError:
+                engine.forget()  # what is in place now may be of two steps
+                raise
+            finally:
+                pieces = len(tensors)
+                tensors.clear()
+                for mapped, _ in self._opened:
+                    mapped.close()
+                self._opened.clear()
+            sources.append(("snapshot", size, pieces))
         return sources
 
     def resumed(self, step: int, *, keep: int) -> None:
@@ -267,23 +292,26 @@ class Snapshots:
             if kept > step:
                 self._steps[index] = NO_STEP  # of a history that is being redone
         if self._enabled and step not in self._steps.values():
-            self.begin(step, keep=keep)
+            self.begin(step, keep=keep, must=True)
 
-    def _read(self, step: int) -> tuple[dict[tuple[str, str], torch.Tensor], Any, int]:
-        """Tensors of this rank's units after `step` (views of the arenas), and its own metadata."""
+    def _read(self, step: int, tensors: dict[tuple[str, str], torch.Tensor]) -> tuple[Any, int]:
+        """Fill `tensors` with this rank's units after `step` (views of the arenas); its own metadata, and bytes."""
         client, engine = self._need_client(), self._engine
-        where = {half.slot: half.half for half in client.list() if half.step == step}
-        tensors: dict[tuple[str, str], torch.Tensor] = {}
+        where = {h.slot: h.half for h in client.list() if h.step == step and h.state in RESTORABLE}
         meta: Any = None
         size = 0
         for peer in engine.peers():
             if peer not in where:
                 raise SnapshotIncomplete("no whole snapshot", step=step, slot=peer)
             mapped = client.open(peer, where[peer])
-            self._opened.append(mapped)
             half = mapped.half
-            table = half.read(step, bytes.fromhex(engine.plan.digest()))
-            half.verify()
+            try:
+                table = half.read(step, bytes.fromhex(engine.plan.digest()))
+                half.verify()
+            except SnapshotCorrupt:
+                client.corrupt(peer, where[peer], step)
+                raise
+            self._opened.append((mapped, table))
             extra = []
             for entry in table.entries:
                 tensor = _tensor(half.view(entry), entry.dtype, entry.shape)
@@ -294,7 +322,7 @@ class Snapshots:
                     tensors[(entry.name, entry.state)] = tensor
             if peer == self._slot:
                 meta = blob.decode(table.metadata, [tensor.clone() for tensor in extra])
-        return tensors, meta, size
+        return meta, size
 
 
 def _tensor(view: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -10,12 +10,10 @@ state is read and written per parameter, so it can move with its layer.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -41,17 +39,8 @@ def build_unit(layer: LayerSpec, unit: int, seed: int, device: torch.device) -> 
     """The module of a unit, on its device. Factories run under generators seeded by (seed, unit)."""
     if isinstance(layer, nn.Module):
         return layer.to(device)
-    value = rng.key(seed, 0x1A7E5, unit)
-    python, numpy_state = random.getstate(), np.random.get_state()
-    random.seed(value)
-    np.random.seed(value & 0xFFFF_FFFF)
-    try:
-        with rng.preserved(device):
-            rng.seed_device(device, value)
-            module = layer()
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
+    with rng.seeded(device, rng.key(seed, 0x1A7E5, unit)):
+        module = layer()
     if not isinstance(module, nn.Module):
         raise ConfigError(f"layer {unit} is neither a module nor a function that returns one", got=type(module))
     return module.to(device)
@@ -113,8 +102,8 @@ class ModelState:
         everything = list(self.parameters.values())
         self.optimizer = optimizer(everything) if everything else None
         self.scheduler = scheduler(self.optimizer) if scheduler is not None and self.optimizer is not None else None
-        self._user = dict(user)
-        for name, value in self._user.items():
+        self.user = dict(user)
+        for name, value in self.user.items():
             if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
                 raise ConfigError(
                     f"state[{name!r}] has no state_dict and load_state_dict", got=type(value).__qualname__
@@ -140,7 +129,7 @@ class ModelState:
 
     def metadata(self) -> dict[str, Any]:
         """Everything of the state that is not an entry, as capturable values."""
-        meta: dict[str, Any] = {"user": {name: value.state_dict() for name, value in self._user.items()}}
+        meta: dict[str, Any] = {"user": {name: value.state_dict() for name, value in self.user.items()}}
         if self.optimizer is not None:
             meta["groups"] = [
                 {
@@ -175,7 +164,7 @@ class ModelState:
             self._load_optimizer(tensors, metadata)
         if self.scheduler is not None and "scheduler" in metadata:
             self.scheduler.load_state_dict(metadata["scheduler"])
-        for name, value in self._user.items():
+        for name, value in self.user.items():
             value.load_state_dict(metadata["user"][name])
 
     def _load_optimizer(self, tensors: Mapping[tuple[str, str], torch.Tensor], metadata: Mapping[str, Any]) -> None:

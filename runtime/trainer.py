@@ -84,6 +84,7 @@ class Trainer:
       validation, validate_every, validation_microbatches: evaluated inside run() every so many steps.
       stages, replicas: the grid; rank = replica * stages + stage. Default: one pipeline over all ranks.
       split: layers per stage; interleave: chunks per rank; schedule: "1f1b" or "gpipe".
+      snapshot_every: keep the state of every so many steps in memory (1); a failure redoes what is since.
       clip_norm: global gradient norm; autocast: torch.bfloat16 or torch.float16; loss_scale: number or "dynamic";
       skip_nonfinite: leave out updates with infinite or NaN gradients; checkpoint_activations: recompute.
       seed; shuffle; exact: False trades the gradient tree for a plain running sum; state: name -> object with

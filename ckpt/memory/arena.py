@@ -24,7 +24,8 @@ order: x86 does that, elsewhere the GIL's lock around each copy does. Invariants
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from mmap import mmap
 from typing import Any, Final
@@ -191,13 +192,12 @@ class Half:
         if what it holds contradicts itself.
         """
         self.check()
-        word = self._restorable_word()
-        table = self._parse(self._table_bytes())
-        self._unchanged(word)
-        said = (table.step, table.fill, table.plan_digest, table.incarnation)
-        plan = self._raw(_Word.PLAN, PLAN_DIGEST_BYTES)
-        if said != (self.step, word >> 8, plan, self._words[_Word.INCARNATION]):
-            raise SnapshotCorrupt("header and table disagree", **self._named(), table_step=table.step)
+        with self._steady() as word:
+            table = self._parse(self._table_bytes())
+            said = (table.step, table.fill, table.plan_digest, table.incarnation)
+            plan = self._raw(_Word.PLAN, PLAN_DIGEST_BYTES)
+            if said != (self.step, word >> 8, plan, self._words[_Word.INCARNATION]):
+                raise SnapshotCorrupt("header and table disagree", **self._named(), table_step=table.step)
         if step is not None and table.step != step:
             raise SnapshotIncomplete("the half holds another step", **self._named(), wanted=step)
         if plan_digest is not None and table.plan_digest != plan_digest:
@@ -212,20 +212,15 @@ class Half:
     def verify(self) -> None:
         """Digest the data and compare it with what was sealed. SnapshotCorrupt names both digests."""
         self.check()
-        word = self._restorable_word()
-        if _state(word, self._words[_Word.VERDICT]) is not State.SEALED:
-            raise SnapshotIncomplete("the half is not digested yet", **self._named())
-        sealed = self._raw(_Word.DATA_DIGEST, DIGEST_BYTES)
-        self._table_bytes()
-        found = digest_while(self._data(), lambda: self._words[_Word.STATE] == word)
-        self._unchanged(word)
-        if found != sealed:
-            raise SnapshotCorrupt(
-                "the data is not what was sealed",
-                **self._named(),
-                sealed=sealed.hex(),
-                found=(found or b"").hex(),
-            )
+        with self._steady() as word:
+            if _state(word, self._words[_Word.VERDICT]) is not State.SEALED:
+                raise SnapshotIncomplete("the half is not digested yet", **self._named())
+            sealed = self._raw(_Word.DATA_DIGEST, DIGEST_BYTES).hex()
+            self._table_bytes()
+            found = digest_while(self._data(), lambda: self._words[_Word.STATE] == word)
+            if found is None or found.hex() != sealed:
+                named = {**self._named(), "sealed": sealed, "found": found.hex() if found else ""}
+                raise SnapshotCorrupt("the data is not what was sealed", **named)
 
     def confirm(self, table: Table) -> None:
         """Raise SnapshotIncomplete if a new fill began since `table` was read: call it after copying out."""
@@ -293,7 +288,20 @@ class Half:
             raise SnapshotIncomplete(f"the half is {state.name}", **self._named())
         return word
 
-    def _unchanged(self, word: int) -> None:
+    @contextlib.contextmanager
+    def _steady(self) -> Iterator[int]:
+        """The STATE word, of one whole fill during the whole block.
+
+        If a writer overtook the block, that is the error, whatever it found: a table that is half of the
+        next fill is no corruption.
+        """
+        word = self._restorable_word()
+        try:
+            yield word
+        except SnapshotError as error:
+            if self._words[_Word.STATE] == word:
+                raise
+            raise SnapshotIncomplete("the half was overwritten while it was read", **self._named()) from error
         if self._words[_Word.STATE] != word:
             raise SnapshotIncomplete("the half was overwritten while it was read", **self._named())
 

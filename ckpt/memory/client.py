@@ -33,8 +33,8 @@ __all__ = ["HalfInfo", "MappedHalf", "SmpClient"]
 
 QUICK_S: Final = 3.0
 """Deadline of what the manager answers without working: it is stopped, or its host is, if this passes."""
-PREFAULT_BYTES_PER_S: Final = 500_000_000
-"""New memory may take a second per this many bytes: a tenth of what an idle host does."""
+PREFAULT_BYTES_PER_S: Final = 100_000_000
+"""New memory may take a second per this many bytes: a quarter of what a small, busy virtual machine did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from holdfast.proto import env
-from holdfast.proto.errors import ConfigError, Fenced, PeerLost
+from holdfast.proto.errors import ConfigError, Fenced, PeerLost, SnapshotError
 from holdfast.proto.faults import parse_faults
 from holdfast.proto.lease import PAGE_BYTES, LeasePage, Phase
 
@@ -116,7 +116,7 @@ class Session:
 
     # ---- the way into a generation ------------------------------------------------------------------
 
-    def rejoin(self, engine: Engine, until: int, error: Fenced | PeerLost) -> None:
+    def rejoin(self, engine: Engine, until: int, error: Fenced | PeerLost | SnapshotError) -> None:
         """Join the newest generation and make `engine` train in it. Returns when its state is restored."""
         if self._member is None:
             if self._group is not None:
@@ -125,12 +125,13 @@ class Session:
             engine.attach(self._group)
             return
         while True:
-            if isinstance(error, PeerLost) and self.generation:
+            # A snapshot that turns out bad is told too: what the next generation resumes from leaves it out.
+            if isinstance(error, (PeerLost, SnapshotError)) and self.generation:
                 self._member.suspect(self.generation, error.message)
             try:
                 self._attempt(engine, until)
                 return
-            except (Fenced, PeerLost) as again:
+            except (Fenced, PeerLost, SnapshotError) as again:
                 error = again.with_traceback(None)
 
     def _attempt(self, engine: Engine, until: int) -> None:

@@ -399,9 +399,36 @@ def test_a_script_in_a_standby_sees_what_a_fresh_one_sees(job: Job) -> None:
     assert started == ["fresh", "standby"]
 
 
+def test_a_rank_of_a_second_host_is_replaced_by_its_own_agent(job: Job) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", job.mark]
+    arguments += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--events", "none", MANAGED, "30", "0.1", "kill=1:0:10"]
+    first = job.start(*arguments).proc
+    assert first is not None
+    assert job.start(*arguments).wait() == 0, job.err
+    assert first.wait(DEADLINE_S) == 0, job.err
+    assert sorted(job.ups()) == [(0, 0), (1, 0), (1, 1)]
+    addresses = set(re.findall(r"coordinator=(\S+)", job.out))
+    assert len(addresses) == 1, "one coordinator for both"
+    job.assert_nothing_is_left()
+
+
+def test_a_rank_that_leaves_children_behind_takes_them_along(job: Job) -> None:
+    job.start("--nproc-per-node", "1", "--standbys", "0", MANAGED, "20", "0.1", "orphan=0:0:3")
+    job.await_ups((0, 1))
+    wait_until(lambda: not any("sleep 1000" in command for command in job.processes().values()), "no orphan", 15.0)
+    assert job.wait() == 0, job.err
+
+
 def test_status_answers_for_a_running_job(job: Job) -> None:
-    job.start("--nproc-per-node", "1", MANAGED, "60", "0.1")
+    job.start("--nproc-per-node", "1", "--job-id", "here", MANAGED, "60", "0.1")
     job.await_ups((0, 0))
+    folder = job.temporary / f"holdfast-{os.getuid()}"
+    assert (folder.stat().st_mode & 0o777, (folder / "here.json").stat().st_mode & 0o777) == (0o700, 0o600)
+    stale = {**json.loads((folder / "here.json").read_text()), "job": "gone", "agent_start": 1}
+    (folder / "gone.json").write_text(json.dumps(stale))
     asked = subprocess.run(
         [sys.executable, "-m", "holdfast.launcher.cli", "status", "--json"],
         env=job.env,
@@ -412,6 +439,7 @@ def test_status_answers_for_a_running_job(job: Job) -> None:
     )
     assert asked.returncode == 0, asked.stderr
     assert json.loads(asked.stdout)["world_size"] == 1
+    assert not (folder / "gone.json").exists(), "an entry without its agent is taken away"
     assert job.proc is not None
     job.proc.terminate()
     job.wait()

@@ -79,6 +79,7 @@ class Smp:
         return SmpClient(self.name, role=role, **options)
 
     def kill(self) -> None:
+        """SIGKILL, whatever it did before."""
         self.process.kill()
         self.process.wait(DEADLINE_S)
 
@@ -91,9 +92,11 @@ class Smp:
 @pytest.fixture
 def smp(tmp_path: Path) -> Iterator[Smp]:
     manager = Smp(f"holdfast-test-{secrets.token_hex(8)}", ttl_s=60.0, cleanup=[])
-    manager.start()
-    yield manager
-    manager.kill()
+    try:
+        manager.start()
+        yield manager
+    finally:
+        manager.kill()
 
 
 def write(mapped: MappedHalf, step: int) -> None:
@@ -308,9 +311,7 @@ def test_a_bigger_arena_replaces_a_smaller_one_and_readers_keep_what_they_opened
 
 def test_too_little_memory_is_an_answer_with_the_numbers_and_takes_nothing(smp: Smp) -> None:
     with smp.client() as client:
-        with pytest.raises(
-            SnapshotError, match=r"not enough memory .*needed_bytes=1125899906842624"
-        ) as caught:
+        with pytest.raises(SnapshotError, match=r"not enough memory .*needed_bytes=1125899906842624") as caught:
             client.arena(0, 0, 1 << 50)
         assert caught.value.fields["available_bytes"] > 0
         assert client.stats()["nbytes"] == 0
@@ -414,25 +415,35 @@ def test_hostile_lengths_are_refused_by_the_manager_and_by_the_reader(smp: Smp, 
 # ---- the end --------------------------------------------------------------------------------------------
 
 
-def short(tmp_path: Path, ttl_s: float) -> Smp:
-    """A manager with things to clean up."""
-    directory, file, keep = tmp_path / "run", tmp_path / "registry.json", tmp_path / "keep"
-    (directory / "inner").mkdir(parents=True)
-    (directory / "inner" / "log").write_text("x")
-    keep.mkdir()
-    (directory / "link").symlink_to(keep)
-    file.write_text("{}")
-    smp = Smp(f"holdfast-test-{secrets.token_hex(8)}", ttl_s, [directory, file, tmp_path / "absent"])
-    smp.start()
-    return smp
+@pytest.fixture
+def short(tmp_path: Path) -> Iterator[Callable[[float], Smp]]:
+    """Starts managers that have things to clean up."""
+    started: list[Smp] = []
+
+    def start(ttl_s: float) -> Smp:
+        directory, file, keep = tmp_path / "run", tmp_path / "registry.json", tmp_path / "keep"
+        (directory / "inner").mkdir(parents=True)
+        (directory / "inner" / "log").write_text("x")
+        keep.mkdir()
+        (directory / "link").symlink_to(keep)
+        file.write_text("{}")
+        started.append(Smp(f"holdfast-test-{secrets.token_hex(8)}", ttl_s, [directory, file, tmp_path / "absent"]))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for smp in started:
+        smp.kill()
 
 
 def left(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in tmp_path.iterdir())
 
 
-def test_without_a_lease_the_manager_ends_and_removes_what_it_was_told_to(tmp_path: Path) -> None:
-    smp = short(tmp_path, ttl_s=0.3)
+def test_without_a_lease_the_manager_ends_and_removes_what_it_was_told_to(
+    tmp_path: Path, short: Callable[[float], Smp]
+) -> None:
+    smp = short(0.3)
     with rank(smp, 0, "4") as process:
         admin = smp.client("admin")
         assert smp.process.poll() is None
@@ -443,16 +454,16 @@ def test_without_a_lease_the_manager_ends_and_removes_what_it_was_told_to(tmp_pa
         admin.list()
 
 
-def test_a_lease_keeps_the_manager_beyond_its_ttl(tmp_path: Path) -> None:
-    smp = short(tmp_path, ttl_s=0.1)
+def test_a_lease_keeps_the_manager_beyond_its_ttl(short: Callable[[float], Smp]) -> None:
+    smp = short(0.1)
     with smp.client("standby"), pytest.raises(subprocess.TimeoutExpired):
         smp.process.wait(0.5)
     assert smp.process.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.parametrize("how", ["bye", "term"])
-def test_a_goodbye_and_sigterm_end_it_at_once(tmp_path: Path, how: str) -> None:
-    smp = short(tmp_path, ttl_s=60.0)
+def test_a_goodbye_and_sigterm_end_it_at_once(tmp_path: Path, short: Callable[[float], Smp], how: str) -> None:
+    smp = short(60.0)
     with smp.client("agent") as agent, smp.client() as client, store(client, 0, 0, 4):
         if how == "bye":
             agent.bye()
@@ -470,8 +481,8 @@ def test_ctrl_c_and_a_hangup_do_not_end_it(smp: Smp) -> None:
         assert os.getsid(smp.process.pid) == smp.process.pid
 
 
-def test_a_second_manager_exits_with_3_and_touches_nothing(tmp_path: Path) -> None:
-    smp = short(tmp_path, ttl_s=60.0)
+def test_a_second_manager_exits_with_3_and_touches_nothing(tmp_path: Path, short: Callable[[float], Smp]) -> None:
+    smp = short(60.0)
     second = smp.spawn(stderr=subprocess.PIPE)
     _, errors = second.communicate(timeout=DEADLINE_S)
     assert second.returncode == 3
@@ -655,6 +666,8 @@ def test_descriptors_stay_flat_over_200_openings(smp: Smp) -> None:
 def test_arenas_that_grow_leave_no_descriptor_behind(smp: Smp) -> None:
     with smp.client() as client:
         store(client, 0, 0, 1).close()
+        check(client, 0, 0, 1)
+        assert not client.corrupt(0, 0, 1)
         theirs = smp.fds(client)
         for factor in range(2, 12):
             client.arena(0, 0, factor * NBYTES).close()
@@ -675,6 +688,19 @@ def test_a_call_ends_by_its_deadline_although_the_manager_is_stopped(smp: Smp) -
     with pytest.raises(PeerLost, match="closed"):
         client.list()
     smp.client().close()
+
+
+def test_a_call_that_takes_work_may_take_longer_than_one_that_does_not(
+    smp: Smp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.ckpt.memory.client.QUICK_S", 0.2)
+    with smp.client() as client:
+        smp.process.send_signal(signal.SIGSTOP)
+        timer = threading.Timer(0.5, smp.process.send_signal, [signal.SIGCONT])
+        timer.start()
+        with pytest.raises(SnapshotIncomplete, match="no such half"):
+            client.open(0, 0)
+        timer.join(DEADLINE_S)
 
 
 def test_closing_wakes_a_call_in_another_thread(smp: Smp) -> None:
@@ -757,7 +783,5 @@ def test_the_list_is_whole_for_a_host_of_many_ranks(smp: Smp) -> None:
 def test_the_manager_needs_no_torch_and_no_numpy() -> None:
     code = "import sys, holdfast.ckpt.memory.manager, holdfast.ckpt.memory.client; print(*sys.modules)"
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert not {"torch", "numpy", "grpc", "google.protobuf", "safetensors"} & set(found.stdout.split())

@@ -1,12 +1,13 @@
 """Pretends to train: managed.py STEPS SECONDS_PER_STEP [what=rank:incarnation:step ...]
 
-what: exit (code 3), kill, stop, hang (compute phase without progress), config, hello_only.
+what: exit (code 3), kill, stop, hang (compute phase without progress), config, orphan (leaves a child behind).
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,9 @@ def fail(what: str, client: Client) -> None:
     if what == "exit":
         sys.exit(3)
     if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "orphan":
+        subprocess.Popen(["sleep", "1000"])
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
