@@ -106,7 +106,7 @@ def run_job(arguments: list[str], *, options: list[str] | None = None, timeout_s
         ]  # fmt: skip
         started = time.monotonic()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
         )
         try:
             output, _ = process.communicate(timeout=timeout_s)

@@ -198,7 +198,7 @@ def append_logs(stdout: str, stderr: str) -> Iterator[tuple[int | None, ...]]:
     """Open a rank's log files for appending ("" means: inherited). Yields two descriptors or None each."""
     with contextlib.ExitStack() as stack:
         # torch's own handler truncates, which would lose the earlier incarnation and break its tail.
-        files = [stack.enter_context(open(path, "wb")) if path else None for path in (stdout, stderr)]
+        files = [stack.enter_context(open(path, "ab")) if path else None for path in (stdout, stderr)]
         yield tuple(file.fileno() if file is not None else None for file in files)
 
 

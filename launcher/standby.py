@@ -22,7 +22,8 @@ from .loop import Loop
 from .processes import AdoptedProcess, RankHandler, append_logs, kill_group, tell
 from .zygote import FORK, Assignment
 
-ZYGOTE_STARTS: Final = 3
+ZYGOTE_STARTS: Final = 3  # so many in a row without a standby are worth a line
+ZYGOTE_RETRY_MOST_S: Final = 60.0
 ASSIGN_TIMEOUT_S: Final = 2.0
 ZYGOTE_ENVIRONMENT: Final = {
     "GRPC_ENABLE_FORK_SUPPORT": "0",
@@ -178,8 +179,7 @@ class StandbyPool:
             self._loop.unwatch(standby.socket.fileno())
             standby.socket.close()
         self._pending.clear()
-        if self._starts < ZYGOTE_STARTS:
-            self._loop.later(1.0, self.start)
-        else:
-            tell("the zygote keeps failing: replacements start as fresh processes")
+        if self._starts == ZYGOTE_STARTS:
+            tell("the zygote keeps failing: replacements start as fresh processes meanwhile")
+        self._loop.later(min(ZYGOTE_RETRY_MOST_S, 2.0 ** (self._starts - 1)), self.start)
         self._on_change()

@@ -21,6 +21,7 @@ import json
 import os
 import pkgutil
 import runpy
+import select
 import signal
 import socket
 import struct
@@ -132,6 +133,13 @@ def warm_up() -> None:
     """
     if "torch" not in sys.modules or os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/kfd"):
         return
+    try:
+        _tiny_step()
+    except Exception as error:  # a torch that cannot do this will tell the user in the user's own code
+        print(f"[holdfast] standby not warmed up: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _tiny_step() -> None:
     import torch
     from torch.nn import functional
 
@@ -152,6 +160,8 @@ def await_assignment(agent: socket.socket) -> Assignment:
     """Say that we are warm and wait. Ends this process if the agent goes away or needs us no more."""
     try:
         agent.sendall(json.dumps({"ready": os.getpid()}).encode() + b"\n")
+        if not select.select([agent], [], [], 0)[0]:
+            warm_up()  # nobody waits for us; an assignment that comes meanwhile loses nothing by it
         data, descriptors, _, _ = socket.recv_fds(agent, HEADER.size, 2)
         if not data:
             os._exit(0)
@@ -281,10 +291,6 @@ def main() -> NoReturn:
     if modules and not sys.flags.safe_path:
         sys.path.remove(os.getcwd())
     agent = serve(control)
-    try:
-        warm_up()
-    except Exception as error:  # a torch that cannot do this will tell the user in the user's own code
-        print(f"[holdfast] standby not warmed up: {type(error).__name__}: {error}", file=sys.stderr)
     run_to_exit(become(await_assignment(agent)))
 
 

@@ -62,6 +62,15 @@ class TrainerConfig:
             raise ConfigError(f"clip_norm must be above 0, got {self.clip_norm}")
         if self.validate_every and self.validation is None:
             raise ConfigError("validate_every is set but no validation data is given")
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise ConfigError(f"autocast is torch.bfloat16 or torch.float16, got {self.autocast!r}")
+        scale = self.loss_scale
+        if scale not in (None, "dynamic") and (not isinstance(scale, (int, float)) or not scale > 0):
+            raise ConfigError(f"loss_scale is a number above 0 or 'dynamic', got {scale!r}")
+        if not isinstance(self.state, Mapping):
+            raise ConfigError(f"state is a dict of name -> object, got a {type(self.state).__qualname__}")
+        if not callable(self.loss):
+            raise ConfigError("loss is a function of (output of the last layer, target)")
         if not callable(self.optimizer):
             raise ConfigError("optimizer is a function of a list of parameters, such as lambda p: AdamW(p, lr=3e-4)")
 

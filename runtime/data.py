@@ -59,8 +59,7 @@ class DatasetSource:
             # The first and the last stage each read the microbatch: random augmentation must agree between them.
             with rng.seeded(torch.device("cpu"), rng.key(self._seed, 0xA06, step, microbatch)):
                 samples = [self._dataset[self._index(first + i)] for i in range(self._size)]
-                inputs, targets = default_collate(samples)
-            self._cached = (at, (inputs, targets))
+                self._cached = (at, _pair(_collate(samples), "a sample of the dataset"))
         return self._cached[1]
 
     def _index(self, position: int) -> int:
@@ -97,10 +96,13 @@ class StreamSource:
         self._read = []
         for _ in range(self._microbatches):
             try:
-                self._read.append(next(self._iterator))
+                self._read.append(_pair(next(self._iterator), "a microbatch of the data stream"))
             except StopIteration:
                 self._iterator = iter(self._stream)  # a new epoch
-                self._read.append(next(self._iterator))
+                batch = next(self._iterator, None)
+                if batch is None:
+                    raise ConfigError("the data stream gives nothing, not even at the start of an epoch") from None
+                self._read.append(_pair(batch, "a microbatch of the data stream"))
         self._step = step
 
     def microbatch(self, step: int, microbatch: int) -> Batch:
@@ -116,6 +118,27 @@ class StreamSource:
         """Go back to a position."""
         self._stream.load_state_dict(state)
         self._iterator = None
+
+
+def _pair(batch: Any, what: str) -> Batch:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ConfigError(f"{what} must be a pair (input, target), got {_named(batch)}")
+    return batch[0], batch[1]
+
+
+def _collate(samples: list[Any]) -> Any:
+    try:
+        if not all(isinstance(sample, (tuple, list)) for sample in samples):
+            return samples[0]  # for _pair to refuse: stacked scalars are a tensor, and might be two
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"the samples of the dataset do not stack to a microbatch: {why}") from None
+
+
+def _named(value: Any) -> str:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind
 
 
 def make_source(data: Any, *, microbatch_size: int, microbatches: int, seed: int, shuffle: bool = True) -> Source:

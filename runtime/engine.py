@@ -10,6 +10,7 @@ only then may the half of an older one be overwritten.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -35,7 +36,7 @@ from .pipeline.planner import choose_grid, grid_plan
 from .pipeline.schedule import make_schedule
 from .scaler import LossScaler
 from .snapshot import Snapshots
-from .state import ModelState, build_unit, check_layers, find_ties
+from .state import ModelState, build_unit, check_layers, equalise_ties, find_ties
 from .undo import Undo
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Engine:
         device = self.device.device
         modules = {unit: build_unit(layers[unit], unit, config.seed, device) for unit in hosted}
         self.ties = find_ties(layers, modules)
-        self._equalise_ties(layers, modules)
+        equalise_ties(self.ties, layers, modules, config.seed, device)
         self.scaler = LossScaler(config.loss_scale)
         self.state = ModelState(modules, config.optimizer, config.scheduler, config.state)
         self.numerics = Numerics(config.seed, config.exact, config.autocast, config.checkpoint_activations)
@@ -132,7 +133,7 @@ class Engine:
             proven=self._proven,
         )
 
-    def _make_validation(self, stages: int, replicas: int) -> tuple[Executor, Source, Plan] | None:
+    def _make_validation(self, stages: int, replicas: int) -> tuple[Executor, Source, Plan, Any] | None:
         config = self.config
         if config.validation is None:
             return None
@@ -145,32 +146,7 @@ class Engine:
             seed=config.seed,
             shuffle=False,
         )
-        return self._make_executor(plan), source, plan
-
-    def _equalise_ties(self, layers: list[Any], modules: dict[int, torch.nn.Module]) -> None:
-        """Give every hosted copy of a tied parameter the first one's initial value."""
-        built: dict[int, torch.nn.Module] = dict(modules)
-        for tie in self.ties:
-            if tie.second_unit not in modules:
-                continue
-            if tie.first_unit not in built:
-                built[tie.first_unit] = build_unit(
-                    layers[tie.first_unit], tie.first_unit, self.config.seed, self.device.device
-                )
-            first = built[tie.first_unit].get_parameter(tie.first)
-            second = modules[tie.second_unit].get_parameter(tie.second)
-            if first is second:
-                # Two copies, kept equal by their gradients: what a rank hosts must not change what it computes.
-                self._split_shared(modules[tie.second_unit], tie.second)
-                continue
-            with torch.no_grad():
-                second.copy_(first)
-
-    @staticmethod
-    def _split_shared(module: torch.nn.Module, name: str) -> None:
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        setattr(owner, leaf, torch.nn.Parameter(getattr(owner, leaf).detach().clone()))
+        return self._make_executor(plan), source, plan, copy.deepcopy(source.state())
 
     def signature(self) -> str:
         """What ranks must agree on besides numerics: the plan and the parts of the configuration that count."""
@@ -191,7 +167,14 @@ class Engine:
         )
 
     def peers(self) -> tuple[int, ...]:
-        """Ranks that host the same units as this one (data-parallel replicas), itself included."""
+        """Ranks whose state is the same as this one's (data-parallel replicas), itself included.
+
+        Buffers and the user's objects see only their own replica's microbatches: with them, a replica is no
+        source for another, and each rank's snapshot holds all of its state.
+        """
+        own = bool(self.config.state) or any(entry.early for entry in self.state.entries())
+        if own and self._session.identity.snapshots:
+            return (self.rank,)
         mine = self.plan.hosted(self.rank)
         return tuple(rank for rank in range(self.plan.world_size) if self.plan.hosted(rank) == mine)
 
@@ -322,9 +305,10 @@ class Engine:
             return
         if self._validated is not None and self._validated[0] == self.step:
             return
-        executor, source, plan = self._validation
+        executor, source, plan, start = self._validation
         group = self._need_group()
         self._lease.renew(Phase.VALIDATE)
+        source.load_state(copy.deepcopy(start))  # a stream too: every validation sees the same
         source.begin(1)
         outcome = executor.run(1, source, train=False)
         vector = torch.full((2 * plan.microbatches,), math.nan, dtype=torch.float64)

@@ -43,6 +43,7 @@ class Injector:
     """Scripted faults of one rank."""
 
     def __init__(self, rank: int, faults: Sequence[ScriptedFault], page: LeasePage) -> None:
+        self.faults = tuple(faults)
         self._page = page
         self._faults = [(index, fault) for index, fault in enumerate(faults) if fault.rank == rank]
 

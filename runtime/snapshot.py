@@ -101,6 +101,7 @@ class Snapshots:
         self._idle.set()
         self._opened: list[tuple[MappedHalf, Table]] = []
         self.skipped = 0
+        self._captured()  # what cannot be captured is refused now, not when the first snapshot is due
         if self._enabled:
             self._connect()
             threading.Thread(target=self._copy_loop, name="holdfast-snapshot", daemon=True).start()
@@ -119,14 +120,22 @@ class Snapshots:
         if not self._enabled or (step % self.every and not must):
             return
         half = choose_half(list(self._steps.values()), keep)
-        entries = self._owned(self._engine.state.entries())
-        meta, extra = blob.encode(self._engine.metadata(), is_tensor=lambda v: isinstance(v, torch.Tensor))
-        entries += [Entry(path, "extra", _as_cpu(tensor)) for path, tensor in extra]
+        entries, meta = self._captured()
         self._steps[half] = NO_STEP
         self._idle.clear()
         early = {i: e.tensor.clone() for i, e in enumerate(entries) if e.early}
         entries = [Entry(e.name, e.state, early.get(i, e.tensor)) for i, e in enumerate(entries)]
         self._jobs.put(_Copy(step, half, entries, meta, self._engine.device.mark()))
+
+    def _captured(self) -> tuple[list[Entry], Any]:
+        """What this rank keeps of the state as it is now. Raises ConfigError for what it cannot keep."""
+        entries = self._owned(self._engine.state.entries())
+        meta, extra = blob.encode(self._engine.metadata(), is_tensor=lambda v: isinstance(v, torch.Tensor))
+        entries += [Entry(path, "extra", _as_cpu(tensor)) for path, tensor in extra]
+        for entry in entries:
+            if entry.tensor.dtype not in DTYPES:
+                raise ConfigError(f"cannot capture {entry.name}: its type is {entry.tensor.dtype}")
+        return entries, meta
 
     def fence(self) -> None:
         """Wait until the copy under way is whole: the optimizer is about to change what it reads."""

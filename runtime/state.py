@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from holdfast.proto.errors import ConfigError
 
@@ -40,7 +41,10 @@ def build_unit(layer: LayerSpec, unit: int, seed: int, device: torch.device) -> 
     if isinstance(layer, nn.Module):
         return layer.to(device)
     with rng.seeded(device, rng.key(seed, 0x1A7E5, unit)):
-        module = layer()
+        try:
+            module = layer()
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ConfigError(f"layer {unit} cannot be built: {_one_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"layer {unit} is neither a module nor a function that returns one", got=type(module))
     return module.to(device)
@@ -48,6 +52,8 @@ def build_unit(layer: LayerSpec, unit: int, seed: int, device: torch.device) -> 
 
 def check_layers(layers: Sequence[Any]) -> list[LayerSpec]:
     """The user's ordered list of layers. Raises ConfigError naming the first that is none."""
+    if not isinstance(layers, Iterable):
+        raise ConfigError(f"layers is an ordered list of modules, or functions that return one; got {type(layers)}")
     listed = list(layers)
     for unit, layer in enumerate(listed):
         if not isinstance(layer, nn.Module) and not callable(layer):
@@ -78,6 +84,32 @@ def find_ties(layers: Sequence[LayerSpec], modules: Mapping[int, nn.Module]) -> 
     return [Tie(*tie) for tie in sorted(ties)]
 
 
+def equalise_ties(
+    ties: Iterable[Tie], layers: Sequence[LayerSpec], modules: Mapping[int, nn.Module], seed: int, device: torch.device
+) -> None:
+    """Give every hosted copy of a tied parameter the first one's initial value."""
+    built: dict[int, nn.Module] = dict(modules)
+    for tie in ties:
+        if tie.second_unit not in modules:
+            continue
+        if tie.first_unit not in built:
+            built[tie.first_unit] = build_unit(layers[tie.first_unit], tie.first_unit, seed, device)
+        first = built[tie.first_unit].get_parameter(tie.first)
+        second = modules[tie.second_unit].get_parameter(tie.second)
+        if first is second:
+            # Two copies, kept equal by their gradients: what a rank hosts must not change what it computes.
+            _split_shared(modules[tie.second_unit], tie.second)
+            continue
+        with torch.no_grad():
+            second.copy_(first)
+
+
+def _split_shared(module: nn.Module, name: str) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    setattr(owner, leaf, nn.Parameter(getattr(owner, leaf).detach().clone()))
+
+
 class ModelState:
     """Everything of a rank that an optimizer step changes, by name."""
 
@@ -89,6 +121,12 @@ class ModelState:
         user: Mapping[str, Any],
     ) -> None:
         self.modules = dict(sorted(modules.items()))
+        for unit, module in self.modules.items():
+            if any(is_lazy(p) for p in [*module.parameters(), *module.buffers()]):
+                raise ConfigError(
+                    f"layer {unit} ({type(module).__name__}) has lazy parameters: give it its sizes, so that a "
+                    "replacement can be built without data"
+                )
         self.parameters: dict[tuple[int, str], nn.Parameter] = {
             (unit, name): parameter
             for unit, module in self.modules.items()
@@ -99,9 +137,10 @@ class ModelState:
             unit: [p for (u, _), p in self.parameters.items() if u == unit] for unit in self.modules
         }
         self._names = {id(p): f"{unit}.{name}" for (unit, name), p in self.parameters.items()}
-        everything = list(self.parameters.values())
-        self.optimizer = optimizer(everything) if everything else None
+        self.optimizer = _make_optimizer(optimizer, list(self.parameters.values()))
         self.scheduler = scheduler(self.optimizer) if scheduler is not None and self.optimizer is not None else None
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError("ReduceLROnPlateau needs a metric in step(): give a scheduler of the step alone")
         self.user = dict(user)
         for name, value in self.user.items():
             if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
@@ -220,6 +259,25 @@ class ModelState:
     def learning_rate(self) -> float:
         """Of the first group; nan without parameters."""
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else float("nan")
+
+
+def _make_optimizer(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer | None:
+    """The user's optimizer over what this rank trains; None if that is nothing."""
+    if not parameters:
+        return None
+    try:
+        made: Any = make(parameters)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(f"the optimizer cannot be made: {_one_line(error)}") from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(f"the optimizer function must return a torch optimizer, got {type(made).__qualname__}")
+    return made
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _persistent(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

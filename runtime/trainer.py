@@ -101,6 +101,7 @@ class Trainer:
                 config = TrainerConfig(**arguments)
             except TypeError as error:
                 raise ConfigError(f"Trainer: {_argument_error(error)}") from None
+            self._session.check_faults()
             self._engine = Engine(config, self._session)
         except ConfigError as error:
             self._refuse(error)
@@ -149,20 +150,14 @@ class Trainer:
 
     def _join(self) -> None:
         self._session.rejoin(self._engine, self._until, PeerLost("start"))
-        self._survive(lambda: self._engine.validate_if_due())
+        self._survive(lambda: self._advance(0))
 
     def _run(self, number: int) -> StepResult:
         if number != self._engine.step + 1:
             self._refuse(ConfigError(f"step {number} was run already; each step is run once"))
         started = time.monotonic()
         recovered: list[str] = []
-
-        def attempt() -> None:
-            while self._engine.step < number:
-                self._engine.train_step()
-            self._engine.validate_if_due()
-
-        self._guarded(lambda: self._survive(attempt, recovered))
+        self._guarded(lambda: self._survive(lambda: self._advance(number), recovered))
         report = self._engine.report
         assert report is not None and report.step == number
         self._session.lease.renew(Phase.USER)
@@ -179,8 +174,23 @@ class Trainer:
             snapshot_step=report.snapshot_step,
         )
 
+    def _advance(self, number: int) -> None:
+        """Come to the state after `number` from wherever the generation resumed.
+
+        Every rank does the same collectives on the way, whether it is told of a step for the first time or
+        redoes it: so the validation that was due at the resume step comes first.
+        """
+        self._engine.validate_if_due()
+        while self._engine.step < number:
+            self._engine.train_step()
+            self._engine.validate_if_due()
+
     def _finish(self) -> None:
-        self._survive(self._engine.finish)
+        def attempt() -> None:
+            self._advance(self._until)  # a rank that died now may have taken everybody back a step
+            self._engine.finish()
+
+        self._survive(attempt)
         self._session.goodbye(self._engine.step)
 
     def _survive(self, attempt: Any, recovered: list[str] | None = None) -> None:

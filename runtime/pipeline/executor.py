@@ -33,6 +33,9 @@ from .transfer import Pending, Tensors, Wire
 
 LossFn = Callable[[Any, Any], Any]
 
+_LOSS = -1
+"""Stands among the proven units for the loss function."""
+
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
@@ -245,7 +248,7 @@ class _Run:
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if unit in x._proven:
                 raise
-            shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in inputs)
+            shapes = _shapes(inputs)
             origin = f"what layer {unit - 1} gives" if unit else "the dataset's input"
             raise ConfigError(
                 f"layer {unit} ({type(module).__name__}) does not take {origin} ({shapes}): {_one_line(error)}"
@@ -257,10 +260,21 @@ class _Run:
         """The user's loss of a microbatch; remembers (sum, count) and returns what to differentiate."""
         targets = self.source.microbatch(self.step, microbatch)[1]
         targets = targets.to(self.x._device) if isinstance(targets, torch.Tensor) else targets
-        result = self.x._loss(outputs[0] if len(outputs) == 1 else outputs, targets)
+        try:
+            result = self.x._loss(outputs[0] if len(outputs) == 1 else outputs, targets)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if _LOSS in self.x._proven:
+                raise
+            shapes = _shapes(outputs)
+            raise ConfigError(
+                f"the loss does not take what the last layer gives ({shapes}): {_one_line(error)}"
+            ) from None
         value, count = result if isinstance(result, tuple) else (result, 1.0)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
             raise ConfigError("the loss must return a scalar tensor, or (sum, count); see Trainer's docstring")
+        if self.train and not value.requires_grad:
+            raise ConfigError("the loss does not depend on any parameter that is trained: is it detached?")
+        self.x._proven.add(_LOSS)
         self.outcome.losses[microbatch] = (value.detach(), float(count))
         self.outcome.tokens[microbatch] = targets.numel() if isinstance(targets, torch.Tensor) else int(count)
         return value
@@ -309,6 +323,10 @@ def _tensors(value: Any) -> Tensors:
     raise ConfigError(
         f"layers exchange a tensor or a tuple of tensors, got {type(value).__module__}.{type(value).__qualname__}"
     )
+
+
+def _shapes(tensors: Tensors) -> str:
+    return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
 
 
 def _one_line(error: BaseException) -> str:

@@ -89,6 +89,13 @@ class Session:
         member = Member(identity, link, lease, host=socket.gethostname())
         return Session(identity, member, lease, injector)
 
+    def check_faults(self) -> None:
+        """Raise ConfigError for a scripted fault that could never fire."""
+        ranks = self.identity.world_size
+        for fault in self.injector.faults:
+            if not 0 <= fault.rank < ranks:
+                raise ConfigError(f"fault {str(fault)!r} is for rank {fault.rank}, the job has {ranks} ranks")
+
     @property
     def managed(self) -> bool:
         """Whether an agent supervises this process."""

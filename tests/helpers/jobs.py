@@ -36,7 +36,7 @@ class Ended:
         return [line for line in self.err.splitlines() if "holdfast: error:" in line]
 
     def state(self) -> dict[str, Any]:
-        """Final state by rank's file and name; equal names of several ranks must hold equal tensors (buffers may not)."""
+        """Final state by name; what several ranks hold must be equal."""
         import torch
         from safetensors.torch import load_file
 
@@ -45,6 +45,13 @@ class Ended:
             for name, tensor in load_file(path).items():
                 assert torch.equal(whole.setdefault(name, tensor), tensor), f"replicas differ in {name}"
         return whole
+
+    def state_by_rank(self) -> dict[str, Any]:
+        """Final state by file and name."""
+        from safetensors.torch import load_file
+
+        paths = sorted((self.folder / "out").glob("*.safetensors"))
+        return {f"{path.name} {name}": tensor for path in paths for name, tensor in load_file(path).items()}
 
     def told(self, rank: int = 0) -> list[dict[str, Any]]:
         """What the script on `rank` was told of each step."""
@@ -60,7 +67,9 @@ class Ended:
         return counts
 
 
-def execute(folder: Path, command: list[str], *, env: dict[str, str] | None = None, deadline_s: float = DEADLINE_S) -> Ended:
+def execute(
+    folder: Path, command: list[str], *, env: dict[str, str] | None = None, deadline_s: float = DEADLINE_S
+) -> Ended:
     """Run `command` in `folder` to its end, or fail."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -97,7 +106,9 @@ def execute(folder: Path, command: list[str], *, env: dict[str, str] | None = No
 
 def reference(folder: Path, script: Path, *arguments: str, deadline_s: float = DEADLINE_S) -> Ended:
     """The script in plain Python, on one rank."""
-    ended = execute(folder, [sys.executable, str(script), *arguments, "--out", str(folder / "out")], deadline_s=deadline_s)
+    ended = execute(
+        folder, [sys.executable, str(script), *arguments, "--out", str(folder / "out")], deadline_s=deadline_s
+    )
     assert ended.code == 0, ended.err
     return ended
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from holdfast.launcher import run
+from holdfast.launcher.processes import read_stat
 
 SCRIPTS = Path(__file__).parents[1] / "helpers" / "scripts"
 MANAGED = str(SCRIPTS / "managed.py")
@@ -181,9 +182,14 @@ def test_a_killed_rank_is_replaced_alone_by_a_standby_and_its_log_goes_on(job: J
 
 
 def standbys(job: Job) -> list[int]:
-    """Forks of the zygote that nobody has taken: their command line is the zygote's, they lead a session."""
+    """Forks of the zygote that wait for an assignment: its command line, a session of their own, asleep."""
     zygotes = [pid for pid, command in job.processes().items() if "launcher.zygote" in command]
-    return [pid for pid in zygotes if any(pid > other for other in zygotes) and os.getsid(pid) == pid]
+    return [pid for pid in zygotes if pid > min(zygotes) and os.getsid(pid) == pid and is_asleep(pid)]
+
+
+def is_asleep(pid: int) -> bool:
+    stat = read_stat(pid)
+    return stat is not None and stat.state == "S"
 
 
 def test_without_standbys_a_fresh_process_takes_the_slot(job: Job) -> None:
@@ -288,7 +294,7 @@ def test_a_killed_coordinator_is_restarted_and_the_ranks_learn_its_address(job: 
     events = job.events()
     addresses = [event["address"] for event in events if event["event"].startswith("coordinator_")]
     assert len(addresses) == 2
-    assert f"done rank=0 incarnation=0 coordinator={addresses[-1]}" in job.out
+    assert f"done rank=0 incarnation=0 coordinator={addresses[-1]} told=1" in job.out
     lost = [event for event in events if event["event"] == "rank_lost"]
     assert [(event["rank"], event["reason"]) for event in lost] == [(1, "SIGKILL")], "the new one hears of deaths"
     job.assert_nothing_is_left()
@@ -416,10 +422,13 @@ def test_a_rank_of_a_second_host_is_replaced_by_its_own_agent(job: Job) -> None:
 
 
 def test_a_rank_that_leaves_children_behind_takes_them_along(job: Job) -> None:
-    job.start("--nproc-per-node", "1", "--standbys", "0", MANAGED, "20", "0.1", "orphan=0:0:3")
+    job.start("--nproc-per-node", "1", "--standbys", "0", MANAGED, "200", "0.1", "orphan=0:0:3")
     job.await_ups((0, 1))
-    wait_until(lambda: not any("sleep 1000" in command for command in job.processes().values()), "no orphan", 15.0)
-    assert job.wait() == 0, job.err
+    wait_until(lambda: not any("sleep 1000" in command for command in job.processes().values()), "no orphan", 10.0)
+    assert job.proc is not None
+    assert job.proc.poll() is None, "not only at the end of the job"
+    job.proc.terminate()
+    job.wait()
 
 
 def test_status_answers_for_a_running_job(job: Job) -> None:

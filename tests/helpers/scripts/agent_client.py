@@ -26,6 +26,7 @@ class Client:
         if not fds:
             raise SystemExit("the agent refused this rank")
         self.coordinator = json.loads(data)["welcome"]["coordinator"]
+        self.told = 0  # messages that the agent sent after the welcome
         self.page = LeasePage(memoryview(mmap.mmap(fds[0], PAGE_BYTES)))
         os.close(fds[0])
         threading.Thread(target=self._listen, daemon=True).start()
@@ -53,4 +54,5 @@ class Client:
             if not data:
                 os._exit(1)
             for line in data.splitlines():
+                self.told += 1
                 self.coordinator = json.loads(line).get("coordinator", self.coordinator)

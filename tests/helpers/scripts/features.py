@@ -69,6 +69,20 @@ class Shift(nn.Module):
         return (x + 1) % WORDS
 
 
+class Widen(nn.Module):
+    """Hands on 8 MB, far beyond what sockets buffer: a peer that dies leaves them half sent."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h.repeat_interleave(32768, dim=1)
+
+
+class Narrow(nn.Module):
+    """Back to the words."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h[:, ::32768]
+
+
 class Stream:
     """Microbatches without end, from a generator whose place is state_dict."""
 
@@ -176,6 +190,8 @@ def case(name: str) -> dict[str, Any]:
             "validate_every": 4,
             "validation_microbatches": 3,
         }
+    if name == "large":
+        return plain | {"layers": [lambda: nn.Embedding(WORDS, DIM), Widen, body, Narrow, head], "microbatches": 3}
     if name == "half":
         return plain | {"autocast": torch.float16, "loss_scale": "dynamic", "loss": exploding}
     assert name == "plain"

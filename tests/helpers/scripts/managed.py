@@ -50,7 +50,7 @@ def main() -> None:
         client.commit(step if steps < 100_000 else int(time.monotonic() * 20))
     client.send({"done": True})
     print(
-        f"done rank={client.rank} incarnation={client.incarnation} coordinator={client.coordinator}",
+        f"done rank={client.rank} incarnation={client.incarnation} coordinator={client.coordinator} told={client.told}",
         flush=True,
     )
 
