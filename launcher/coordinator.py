@@ -41,13 +41,22 @@ class EventLog:
 
     def __init__(self, path: Path | None) -> None:
         self._file = path.open("ab", buffering=0) if path is not None else None
+        self._torn = False
 
     def write(self, event: dict[str, object]) -> None:
         """Append one event, stamped with wall clock and monotonic time."""
         if self._file is None:
             return
         stamped = {"time": round(time.time(), 6), "monotonic_ns": time.monotonic_ns(), **event}
-        self._file.write(json.dumps(stamped, separators=(",", ":")).encode() + b"\n")
+        line = json.dumps(stamped, separators=(",", ":")).encode() + b"\n"
+        try:
+            # A line that could not be written whole is ended first, so that only itself is lost.
+            written = self._file.write(b"\n" + line if self._torn else line)
+            self._torn = written is None or written < len(line)
+        except OSError as error:
+            if not self._torn:
+                print(f"holdfast: the event record cannot be written: {error}", file=sys.stderr, flush=True)
+            self._torn = True
 
 
 def last_generation(lines: Iterable[str]) -> tuple[int, dict[int, int]]:
@@ -93,6 +102,9 @@ class Control(control_pb2_grpc.ControlServicer):
                 f"rank {hello.rank} of {hello.world_size} does not belong to a job of {self._membership.world_size}",
             )
             return
+        if hello.incarnation < self._membership.slots[hello.rank].incarnation:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"rank {hello.rank} was replaced")
+            return
         queue: asyncio.Queue[Any] = asyncio.Queue()
         self._ranks[hello.rank] = queue
         queue.put_nowait(pb.RankOrder(generation=self._membership.generation, welcome=pb.Welcome()))
@@ -123,7 +135,8 @@ class Control(control_pb2_grpc.ControlServicer):
                 self._do(self._on_rank_message(hello.rank, hello.incarnation, message))
         except grpc.RpcError:
             pass  # the stream broke: same as its end
-        queue.put_nowait(None)
+        finally:
+            queue.put_nowait(None)  # whatever went wrong, the rank opens a new stream and says again where it is
 
     def _on_rank_message(self, rank: int, incarnation: int, message: Any) -> list[Action]:
         members, now_ns, generation = self._membership, time.monotonic_ns(), int(message.generation)
@@ -149,7 +162,7 @@ class Control(control_pb2_grpc.ControlServicer):
             case "suspect":
                 return members.on_suspect(now_ns, rank, generation, message.suspect.what)
             case "goodbye":
-                return members.on_goodbye(rank, incarnation, int(message.goodbye.step))
+                return members.on_goodbye(now_ns, rank, incarnation, int(message.goodbye.step))
         return []
 
     async def AgentSession(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
@@ -178,7 +191,8 @@ class Control(control_pb2_grpc.ControlServicer):
                 self._do(self._on_agent_message(host, message))
         except grpc.RpcError:
             pass  # the stream broke: same as its end
-        queue.put_nowait(None)
+        finally:
+            queue.put_nowait(None)
 
     def _on_agent_message(self, host: str, message: Any) -> list[Action]:
         now_ns = time.monotonic_ns()

@@ -141,7 +141,8 @@ class Membership:
         slot.alive = slot.connected = False
         if finished:
             slot.finished = True
-            return [Record({"event": "rank_finished", "rank": rank, "incarnation": incarnation})]
+            record: Action = Record({"event": "rank_finished", "rank": rank, "incarnation": incarnation})
+            return [record, *self._form_if_waiting(now_ns)]
         cause: dict[str, object] = {
             "rank": rank,
             "incarnation": incarnation,
@@ -239,12 +240,12 @@ class Membership:
             self._suspected = (now_ns + SUSPECT_GRACE_NS, generation, f"rank {rank}: {what}")
         return []
 
-    def on_goodbye(self, rank: int, incarnation: int, step: int) -> list[Action]:
+    def on_goodbye(self, now_ns: int, rank: int, incarnation: int, step: int) -> list[Action]:
         """A rank passed the final barrier: all state after `step` is kept, and it takes part no more."""
         slot = self.slots[rank]
         if incarnation == slot.incarnation:
             slot.finished, slot.step = True, step
-        return []
+        return self._form_if_waiting(now_ns)
 
     def on_session_lost(self, rank: int, incarnation: int) -> list[Action]:
         """A rank's stream ended. Its agent says whether it died; a live rank connects again."""
@@ -290,6 +291,10 @@ class Membership:
             Fence(self.generation, reason, connected),
         ]
 
+    def _form_if_waiting(self, now_ns: int) -> list[Action]:
+        """A rank left in good order: those that joined may have waited for it alone."""
+        return self._form_if_complete(now_ns) if self.state is State.FORMING and self._joins else []
+
     def _form_if_complete(self, now_ns: int) -> list[Action]:
         finished = {rank for rank, slot in self.slots.items() if slot.finished and rank not in self._joins}
         if len(self._joins) + len(finished) < self.world_size:
@@ -300,6 +305,10 @@ class Membership:
         decision = decide_resume([self._joins[rank].report for rank in sorted(self._joins)])
         if isinstance(decision, Impossible):
             return [StopJob(1, _lost_for_good(decision))]
+        if decision.fresh and (self.step > 0 or any(joined.incarnation for joined in self._joins.values())):
+            return [
+                StopJob(1, f"no rank has any state left, and step {max(self.step, 0)} was reached: nothing to resume")
+            ]
         until = max(joined.until for joined in self._joins.values())
         if finished and decision.step != until:
             gone = ", ".join(map(str, sorted(finished)))

@@ -25,6 +25,7 @@ from holdfast.proto import env
 from holdfast.proto.errors import ConfigError, HoldfastError, JobFailed
 
 from .loop import Loop
+from .probe import Probe
 from .processes import describe_exit, tell
 
 START_DEADLINE_S: Final = 60.0
@@ -33,6 +34,8 @@ BACKOFF_MOST_S: Final = 5.0
 STABLE_S: Final = 5.0  # lived so long: the next death is a new story
 SMP_MODULE: Final = "holdfast.ckpt.memory.manager"
 SMP_TTL_S: Final = 3
+COORDINATOR_PATIENCE_S: Final = 3.0  # restarting it costs no step
+SMP_PATIENCE_S: Final = 8.0  # its death costs what no living rank maps
 
 
 class Backoff:
@@ -79,6 +82,7 @@ class Coordinator:
         self._backoff = Backoff()
         self._loop: Loop | None = None
         self._on_moved: Callable[[str], None] = lambda address: None
+        self._probe: Probe | None = None
 
     @property
     def pid(self) -> int:
@@ -128,9 +132,26 @@ class Coordinator:
         """Watch it from the loop from now on; `on_moved` gets each new address."""
         self._loop, self._on_moved = loop, on_moved
         self._watch()
+        self._probe = Probe("coordinator", self._answers, lambda: self.pid, COORDINATOR_PATIENCE_S)
+
+    def _answers(self) -> bool:
+        import grpc
+
+        from holdfast.proto.gen import control_pb2 as pb
+        from holdfast.proto.gen import control_pb2_grpc
+
+        with grpc.insecure_channel(self.address) as channel:
+            try:
+                stub = control_pb2_grpc.ControlStub(channel)
+                stub.Status(pb.StatusRequest(), metadata=[("holdfast-token", self._token)], timeout=1.0)
+            except grpc.RpcError:
+                return False
+        return True
 
     def close(self) -> None:
         """End it (any thread, once the loop has stopped)."""
+        if self._probe is not None:
+            self._probe.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -224,6 +245,7 @@ class SnapshotManager:
         self._loop: Loop | None = None
         self._backoff = Backoff()
         self._deadline = 0.0
+        self._probe: Probe | None = None
 
     @staticmethod
     def available() -> bool:
@@ -273,9 +295,23 @@ class SnapshotManager:
         self._loop = loop
         self._pidfd = os.pidfd_open(self._proc.pid)
         loop.watch(self._pidfd, self._ended)
+        if self._probe is None:
+            self._probe = Probe("snapshot manager", self._answers, lambda: self.pid, SMP_PATIENCE_S)
+
+    def _answers(self) -> bool:
+        from holdfast.ckpt.memory.client import SmpClient
+
+        try:
+            with SmpClient(self.name, job=self._job, token=self._token, role="admin", timeout_s=1.0) as client:
+                client.stats()
+        except (HoldfastError, OSError):
+            return False
+        return True
 
     def close(self) -> None:
         """Say goodbye: the job is over and nothing is to be kept (any thread, once the loop has stopped)."""
+        if self._probe is not None:
+            self._probe.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -97,3 +97,7 @@ class Fenced(BaseException):
         super().__init__(f"fenced by generation {generation}: {reason}")
         self.generation = generation
         self.reason = reason
+
+    def again(self) -> Fenced:
+        """A copy to raise: one shared instance would keep the frames, and the tensors, of whoever raised it."""
+        return Fenced(self.generation, self.reason)

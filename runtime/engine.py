@@ -31,7 +31,7 @@ from .data import Source, make_source
 from .device import choose_device, numerics_identity
 from .gather import HALVES, NO_GRADIENT, Gathered, merge, newest_common
 from .pipeline.exchange import exchange, exchange_ties, plan_exchanges
-from .pipeline.executor import Executor, Numerics, Outcome
+from .pipeline.executor import LOSS, Executor, Numerics, Outcome
 from .pipeline.planner import choose_grid, grid_plan
 from .pipeline.schedule import make_schedule
 from .scaler import LossScaler
@@ -96,10 +96,12 @@ class Engine:
             shuffle=config.shuffle,
         )
         self._exchanges = plan_exchanges(self.plan, exact=config.exact)
-        self._proven: set[int] = set()
+        # Errors of a replacement are no faults of the set-up: the process before it ran the same layers.
+        self._proven = {LOSS, *hosted} if identity.incarnation else set()
         self._executor = self._make_executor(self.plan)
         self._validation = self._make_validation(stages, replicas)
         self._validated: tuple[int, float] | None = None
+        self._validated_once = False
         self._group: Group | None = None
         self._names: list[list[str]] = []
         self._first_after_resume = True
@@ -172,8 +174,7 @@ class Engine:
         Buffers and the user's objects see only their own replica's microbatches: with them, a replica is no
         source for another, and each rank's snapshot holds all of its state.
         """
-        own = bool(self.config.state) or any(entry.early for entry in self.state.entries())
-        if own and self._session.identity.snapshots:
+        if bool(self.config.state) or any(entry.early for entry in self.state.entries()):
             return (self.rank,)
         mine = self.plan.hosted(self.rank)
         return tuple(rank for rank in range(self.plan.world_size) if self.plan.hosted(rank) == mine)
@@ -190,7 +191,9 @@ class Engine:
         if self._validation is not None:
             self._validation[0].attach(group)
         mine = {"names": self.state.names(), "gate": self.gate(), "halves": self.snapshots.steps()}
+        self._lease.renew(Phase.WAITING)
         everybody = [json.loads(row) for row in group.allgather_bytes(json.dumps(mine).encode())]
+        self._lease.renew(Phase.RECOVERING)
         self._names = [row["names"] for row in everybody]
         for key in self.gate():
             told = {rank: row["gate"][key] for rank, row in enumerate(everybody) if row["gate"][key] is not None}
@@ -207,13 +210,13 @@ class Engine:
         group, lease, step = self._need_group(), self._lease, self.step + 1
         started = time.monotonic()
         self._session.check()
-        lease.renew(Phase.FORWARD)
+        lease.renew(Phase.USER)  # reading data is the user's code
         before = Undo(self.state, self.source, self.device.device)
         try:
             self.source.begin(step)
             outcome = self._executor.run(step, self.source, train=True, loss_scale=self.scaler.scale)
             gradients = self._exchange(group, outcome, step)
-            lease.renew(Phase.SNAPSHOT)
+            lease.renew(Phase.WAITING)  # for the copy; the manager's own deadlines bound it
             self.snapshots.fence()
             self.injector.at("commit", step)
             gathered = self._gather(group, outcome, gradients)
@@ -301,16 +304,19 @@ class Engine:
     def validate_if_due(self) -> None:
         """Validate the current step if one is due and not done. Collective. Changes no state."""
         every = self.config.validate_every
-        if not every or self._validation is None or self.step == 0 or self.step % every:
+        if not every or self._validation is None or self.step == 0 or self.step % every or self._session.solo:
             return
         if self._validated is not None and self._validated[0] == self.step:
             return
         executor, source, plan, start = self._validation
         group = self._need_group()
-        self._lease.renew(Phase.VALIDATE)
+        self._lease.renew(Phase.USER)
         source.load_state(copy.deepcopy(start))  # a stream too: every validation sees the same
         source.begin(1)
+        if not self._validated_once:
+            self._lease.warm_up()  # evaluation mode may compile, and its data may be lazy
         outcome = executor.run(1, source, train=False)
+        self._validated_once = True
         vector = torch.full((2 * plan.microbatches,), math.nan, dtype=torch.float64)
         for microbatch, (value, count) in outcome.losses.items():
             vector[microbatch], vector[plan.microbatches + microbatch] = value.double().cpu(), count
@@ -332,9 +338,8 @@ class Engine:
             return
         group = self._need_group()
         for _ in range(FINISH_TRIES):
-            self._lease.renew(Phase.SNAPSHOT)
-            self.snapshots.fence()
             self._lease.renew(Phase.WAITING)
+            self.snapshots.fence()
             kept = newest_common([row.tolist() for row in group.allgather(torch.tensor(self.snapshots.steps()))])
             if kept == self.step or not self._session.identity.snapshots:
                 return

@@ -1,8 +1,8 @@
 """The rank's side of the lease page: renewals by the training thread, and how long it may take at most.
 
-The lease adapts: ten times the longest recent gap between two renewals, decaying slowly, so that a slow
-model is not taken for a hung one. The first step of a process may take LEASE_WARMUP_S (lazy imports,
-compilation, cold caches). Faults ordered from outside are looked for at each renewal (one memory read).
+The lease adapts: ten times the longest recent gap between two renewals in a compute phase, decaying a little
+with each committed step, so that a slow model is not taken for a hung one. Until a whole warm step was measured
+a gap may be LEASE_WARMUP_S (lazy imports, compilation, cold caches). Faults ordered from outside are looked for at each renewal (one memory read).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from holdfast.proto.lease import COMPUTE_PHASES, LeasePage, Phase, Word
 
 LEASE_WARMUP_S: Final = 60.0
 _GAPS: Final = 10  # lease = longest recent gap times this
-_DECAY: Final = 0.98
+_DECAY: Final = 0.98  # per committed step
+_MEASURED_STEPS: Final = 2  # the first one of a process is cold, the next one shows every phase
 
 
 class Lease:
@@ -27,15 +28,15 @@ class Lease:
         self._on_order = on_order
         self._last_ns = time.monotonic_ns()
         self._gap_ns = 0.0
-        self._warm = False
+        self._steps = 0
         self.phase = Phase.STARTING
         page.set(Word.LEASE_NS, int(LEASE_WARMUP_S * 1e9))
 
     def renew(self, phase: Phase) -> None:
         """Progress was made; `phase` is what comes now."""
         now_ns = time.monotonic_ns()
-        if self._warm and self.phase in COMPUTE_PHASES:
-            self._gap_ns = max(self._gap_ns * _DECAY, now_ns - self._last_ns)
+        if self._steps and self.phase in COMPUTE_PHASES:
+            self._gap_ns = max(self._gap_ns, now_ns - self._last_ns)
         self._last_ns, self.phase = now_ns, phase
         self._page.renew(now_ns, phase)
         order = self._page.get(Word.FAULT_ORDER)
@@ -52,15 +53,25 @@ class Lease:
         page.set(Word.TOKENS, page.get(Word.TOKENS) + tokens)
         if abs(loss) < 1e12:
             page.set(Word.LOSS_MICRO, int(loss * 1e6))
-        if self._warm:
-            page.set(Word.LEASE_NS, int(self._gap_ns * _GAPS))
-        self._warm = True
+        self._steps += 1
+        self._set_lease(1)
+        self._gap_ns *= _DECAY
 
     def joined(self, generation: int, step: int) -> None:
         """A new generation stands; its first step is a warm-up again (new peers, cold caches)."""
         self._page.set(Word.GENERATION, generation)
         self._page.set(Word.STEP, step + 1 if step != NO_STEP else 0)
-        self._page.set(Word.LEASE_NS, int(LEASE_WARMUP_S * 1e9) if not self._warm else int(self._gap_ns * _GAPS * 2))
+        self._set_lease(2)
+
+    def warm_up(self) -> None:
+        """Something is done for the first time: let it take its time, until the next commit."""
+        self._page.set(Word.LEASE_NS, int(LEASE_WARMUP_S * 1e9))
+
+    def _set_lease(self, factor: int) -> None:
+        if self._steps < _MEASURED_STEPS:
+            self.warm_up()
+        else:
+            self._page.set(Word.LEASE_NS, int(self._gap_ns * _GAPS * factor))
 
     def snapshot(self, step: int, skipped: int) -> None:
         """A snapshot was wholly copied."""

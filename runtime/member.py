@@ -150,6 +150,7 @@ class Member:
         self._group: Group | None = None
         self._published: list[Any] = []
         self._suspect: Any = None
+        self._goodbye: Any = None
         self._live_step = -1
         self._refused = ""
         for target in (lambda: link.listen(lease, self._moved), self._session):
@@ -237,7 +238,9 @@ class Member:
 
     def goodbye(self, step: int) -> None:
         """All state after `step` is kept; this rank takes part no more."""
-        self._outbox.put(pb.RankMessage(generation=self._current, goodbye=pb.Goodbye(step=step)))
+        with self._lock:
+            self._goodbye = pb.RankMessage(generation=self._current, goodbye=pb.Goodbye(step=step))
+            self._outbox.put(self._goodbye)
         self._link.done()
 
     def config_error(self, message: str) -> None:
@@ -290,8 +293,9 @@ class Member:
                 outbox.put(pb.RankMessage(generation=self._current, hello=hello))
                 for message in self._published if self._current == self._target else ():
                     outbox.put(message)
-                if self._suspect is not None:
-                    outbox.put(self._suspect)
+                for message in (self._suspect, self._goodbye):
+                    if message is not None:
+                        outbox.put(message)
                 stale, self._outbox = self._outbox, outbox
             stub = control_pb2_grpc.ControlStub(channel)
             orders = stub.RankSession(iter(outbox.get, None), metadata=[("holdfast-token", identity.token)])

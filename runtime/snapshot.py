@@ -32,13 +32,13 @@ from holdfast.ckpt.memory.memfd import MappedHalf
 from holdfast.ckpt.pieces import assign_owners
 from holdfast.proto.errors import (
     ConfigError,
-    HoldfastError,
     PeerLost,
     SnapshotCorrupt,
     SnapshotError,
     SnapshotIncomplete,
 )
 from holdfast.proto.ids import NO_STEP
+from holdfast.proto.lease import Phase
 
 from .member import Formed
 from .state import Entry
@@ -103,7 +103,7 @@ class Snapshots:
         self.skipped = 0
         self._captured()  # what cannot be captured is refused now, not when the first snapshot is due
         if self._enabled:
-            self._connect()
+            self._reconnect()
             threading.Thread(target=self._copy_loop, name="holdfast-snapshot", daemon=True).start()
 
     def steps(self) -> list[int]:
@@ -166,7 +166,7 @@ class Snapshots:
                 self._copy(job)
                 self._steps[job.half] = job.step
                 self._session.lease.snapshot(job.step, self.skipped)
-            except (HoldfastError, OSError) as error:  # whatever it is, training goes on: unprotected, and said so
+            except Exception as error:  # whatever it is, training goes on: unprotected, and said so
                 self._skip(str(error))
                 self._reconnect()
             finally:
@@ -257,6 +257,7 @@ class Snapshots:
             self._reconnect()
             return {self._slot: sorted(step for step in self._steps.values() if step != NO_STEP)}
         held: dict[int, list[int]] = {}
+        self._steps = dict.fromkeys(self._steps, int(NO_STEP))
         for half in listed:
             if half.state in RESTORABLE:
                 held.setdefault(half.slot, []).append(half.step)
@@ -273,6 +274,8 @@ class Snapshots:
         sources = []
         rung = formed.sources[self._slot].rung
         if rung == "live":
+            if engine.step != step:
+                raise SnapshotIncomplete("the live state is of another step", step=step, live=engine.step)
             sources.append(("live", 0, 0))
         elif rung == "peer":
             return []  # state comes over the group; see recovery/peer.py
@@ -310,6 +313,7 @@ class Snapshots:
         meta: Any = None
         size = 0
         for peer in engine.peers():
+            self._session.lease.renew(Phase.RECOVERING)  # a big state takes a while, slot by slot
             if peer not in where:
                 raise SnapshotIncomplete("no whole snapshot", step=step, slot=peer)
             mapped = client.open(peer, where[peer])

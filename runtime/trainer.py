@@ -127,6 +127,8 @@ class Trainer:
         A replacement process gets only those after the resume point. After the last step all ranks wait until
         its state is kept everywhere, so that none can lose what another already reported.
         """
+        if self._until:
+            self._refuse(ConfigError("trainer.steps() was called before; a job has one loop over its steps"))
         self._until = until
         self._guarded(self._join)
         while self._engine.step < until:
@@ -202,7 +204,8 @@ class Trainer:
             except (Fenced, PeerLost) as error:
                 started = time.monotonic()
                 before = self._engine.step
-                self._session.rejoin(self._engine, self._until, error)
+                # Its traceback holds the broken step's tensors, just when a copy of the state may be needed.
+                self._session.rejoin(self._engine, self._until, error.with_traceback(None))
                 if recovered is not None:
                     recovered.append(
                         f"generation {self._session.generation}: {self._session.reason}; resumed from step "

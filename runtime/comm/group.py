@@ -124,7 +124,7 @@ class Group:
             self._process_group, self._sockets = process_group, sockets
             if self._fenced is not None:
                 shut_down(sockets)
-                raise self._fenced
+                raise self._fenced.again()
 
     def isend(self, tensor: torch.Tensor, dst: int, tag: int) -> Work:
         """Start sending a contiguous tensor. Raises Fenced or PeerLost."""
@@ -162,26 +162,30 @@ class Group:
                 return
             self._fenced = fenced
             shut_down(self._sockets)
-            process_group = self._process_group
+            held = [self._process_group]
         self._store.abort(fenced)
         self._waiter.abort(fenced)
-        if process_group is not None:
-            self._backend.wake(process_group)
+        if held[0] is not None:
+            self._backend.wake(held[0])
+            drop_later(held)  # the main thread may have closed the group meanwhile: then ours was the last reference
 
     def close(self, *pending: object) -> None:
         """Drop the group and `pending` (works, tensors of a broken step). Peers see our end at once."""
+        held = list(pending)
+        del pending
         with self._lock:
             shut_down(self._sockets)
             sockets, self._sockets = self._sockets, []
-            process_group, self._process_group = self._process_group, None
+            held.append(self._process_group)
+            self._process_group = None
         for sock in sockets:
             sock.close()  # our duplicates: a peer gets FIN only when gloo's own is closed too
         self._waiter.close()
-        drop_later(process_group, *pending)
+        drop_later(held)
 
     def _start(self, start: Callable[[], Any]) -> Work:
         if self._fenced is not None:
-            raise self._fenced
+            raise self._fenced.again()
         try:
             work: Work = start()
         except RuntimeError as error:
@@ -196,7 +200,7 @@ class Group:
 
     def _lost(self, error: RuntimeError) -> PeerLost | Fenced:
         if self._fenced is not None:
-            return self._fenced
+            return self._fenced.again()
         return PeerLost(f"communication broke: {_first_line(error)}", generation=self.generation, rank=self.rank)
 
 

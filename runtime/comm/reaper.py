@@ -9,7 +9,10 @@ from __future__ import annotations
 import threading
 
 
-def drop_later(*objects: object) -> None:
-    """Drop the last references to `objects` in a daemon thread. The caller must keep none."""
-    held = list(objects)
+def drop_later(held: list[object]) -> None:
+    """Empty `held` in a daemon thread. The list must have the last references to what is in it.
+
+    Whoever still names one of the objects when the thread runs, be it a local variable or an argument on its
+    way out, destroys it in the end, and blocks instead of the thread.
+    """
     threading.Thread(target=held.clear, name="holdfast-reaper", daemon=True).start()

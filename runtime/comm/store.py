@@ -61,7 +61,7 @@ class GenerationStore(dist.Store):  # type: ignore[name-defined, misc]
                 lambda: self._fenced is not None or all(key in self._values for key in keys), limit_s
             )
             if self._fenced is not None:
-                raise self._fenced
+                raise self._fenced.again()
             if not arrived:
                 missing = [key for key in keys if key not in self._values]
                 raise PeerLost("peers did not publish their addresses", missing=missing, deadline_s=limit_s)

@@ -36,11 +36,11 @@ class Waiter:
         Raises Fenced as soon as the generation is aborted, whatever `fn` does; else what `fn` raised.
         """
         if self._fenced is not None:
-            raise self._fenced
+            raise self._fenced.again()
         self._jobs.put(fn)
         result, error = self._replies.get()
         if self._fenced is not None:
-            raise self._fenced
+            raise self._fenced.again()
         if error is not None:
             raise error
         return cast(T, result)

@@ -33,7 +33,7 @@ from .transfer import Pending, Tensors, Wire
 
 LossFn = Callable[[Any, Any], Any]
 
-_LOSS = -1
+LOSS = -1
 """Stands among the proven units for the loss function."""
 
 
@@ -220,6 +220,7 @@ class _Run:
         """Inputs of a hop: the dataset's, or the previous hop's outputs as fresh leaves."""
         hops = self.x._plan.paths[action.microbatch].hops
         if action.hop == 0:
+            self.x._lease.renew(Phase.USER)  # the dataset's code, with its own lease
             batch = self.source.microbatch(self.step, action.microbatch)[0]
             return tuple(t.to(self.x._device) for t in _tensors(batch))
         previous = hops[action.hop - 1].rank
@@ -246,7 +247,7 @@ class _Run:
             else:
                 outputs = module(*inputs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if unit in x._proven:
+            if unit in x._proven or _is_out_of_memory(error):
                 raise
             shapes = _shapes(inputs)
             origin = f"what layer {unit - 1} gives" if unit else "the dataset's input"
@@ -258,12 +259,14 @@ class _Run:
 
     def loss(self, outputs: Tensors, microbatch: int) -> torch.Tensor:
         """The user's loss of a microbatch; remembers (sum, count) and returns what to differentiate."""
+        self.x._lease.renew(Phase.USER)
         targets = self.source.microbatch(self.step, microbatch)[1]
+        self.x._lease.renew(Phase.FORWARD if self.train else Phase.VALIDATE)
         targets = targets.to(self.x._device) if isinstance(targets, torch.Tensor) else targets
         try:
             result = self.x._loss(outputs[0] if len(outputs) == 1 else outputs, targets)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if _LOSS in self.x._proven:
+            if LOSS in self.x._proven or _is_out_of_memory(error):
                 raise
             shapes = _shapes(outputs)
             raise ConfigError(
@@ -274,7 +277,7 @@ class _Run:
             raise ConfigError("the loss must return a scalar tensor, or (sum, count); see Trainer's docstring")
         if self.train and not value.requires_grad:
             raise ConfigError("the loss does not depend on any parameter that is trained: is it detached?")
-        self.x._proven.add(_LOSS)
+        self.x._proven.add(LOSS)
         self.outcome.losses[microbatch] = (value.detach(), float(count))
         self.outcome.tokens[microbatch] = targets.numel() if isinstance(targets, torch.Tensor) else int(count)
         return value
@@ -331,3 +334,8 @@ def _shapes(tensors: Tensors) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Memory may be there for the next process; the set-up is not to blame."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -149,8 +149,8 @@ class Session:
             self._group.close()
             self._group = None
         self.injector.at("join", engine.step)
-        engine.snapshots.settle()
         self.lease.renew(Phase.WAITING)
+        engine.snapshots.settle()
         generation = member.await_fence(self.generation)
         # Whatever comes of this attempt, only a newer generation can follow it.
         self.generation, self.reason = generation, member.reason
@@ -169,7 +169,9 @@ class Session:
         self.injector.at("restore", engine.step)
         sources = engine.snapshots.restore(formed)
         if group is not None:
+            self.lease.renew(Phase.WAITING)
             sources += transfer_state(engine, group, formed)
+            self.lease.renew(Phase.RECOVERING)
         member.restored(generation, formed.resume_step, sources)
         self.lease.joined(generation, formed.resume_step)
         if group is not None:

@@ -176,7 +176,7 @@ class World:
         process.live, process.generation, process.waiting_for = form.resume_step, form.generation, 0
         if form.solo:
             process.done = True
-            self.tell(self.coordinator.on_goodbye(rank, process.incarnation, process.live))
+            self.tell(self.coordinator.on_goodbye(self.now_ns, rank, process.incarnation, process.live))
             return
         self.gate(process, rank, form.generation)
 
@@ -223,7 +223,7 @@ class World:
             return
         if process.live == UNTIL:
             process.done = True
-            self.tell(self.coordinator.on_goodbye(rank, process.incarnation, UNTIL))
+            self.tell(self.coordinator.on_goodbye(self.now_ns, rank, process.incarnation, UNTIL))
             return
         process.live += 1
         self.snapshot(process, rank, keep)
