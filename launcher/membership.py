@@ -306,9 +306,8 @@ class Membership:
         if isinstance(decision, Impossible):
             return [StopJob(1, _lost_for_good(decision))]
         if decision.fresh and (self.step > 0 or any(joined.incarnation for joined in self._joins.values())):
-            return [
-                StopJob(1, f"no rank has any state left, and step {max(self.step, 0)} was reached: nothing to resume")
-            ]
+            reached = max(self.step, 0)
+            return [StopJob(1, f"no rank has any state left, and step {reached} was reached: nothing to resume from")]
         until = max(joined.until for joined in self._joins.values())
         if finished and decision.step != until:
             gone = ", ".join(map(str, sorted(finished)))

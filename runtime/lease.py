@@ -1,8 +1,9 @@
 """The rank's side of the lease page: renewals by the training thread, and how long it may take at most.
 
 The lease adapts: ten times the longest recent gap between two renewals in a compute phase, decaying a little
-with each committed step, so that a slow model is not taken for a hung one. Until a whole warm step was measured
-a gap may be LEASE_WARMUP_S (lazy imports, compilation, cold caches). Faults ordered from outside are looked for at each renewal (one memory read).
+with each committed step, so that a slow model is not taken for a hung one. Until a whole warm step was
+measured a gap may be LEASE_WARMUP_S (lazy imports, compilation, cold caches). Faults ordered from outside are
+looked for at each renewal (one memory read).
 """
 
 from __future__ import annotations

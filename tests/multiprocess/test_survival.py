@@ -1,4 +1,4 @@
-"""Whole jobs under faults: each must end with the bits of the unbroken run, and only the ranks that were hit replaced."""
+"""Whole jobs under faults: each ends with the bits of the unbroken run, and only the ranks that were hit replaced."""
 
 from __future__ import annotations
 
