@@ -30,7 +30,7 @@ def job(arguments: argparse.Namespace, out: Path) -> list[str]:
         *HOLDFAST, "run", "--nproc-per-node", "4", "--standbys", "1", "--events", str(out / "events.jsonl"),
         str(HERE / "pretrain.py"), "--preset", arguments.preset, "--steps", str(arguments.steps),
         "--validate-every", str(max(1, arguments.steps // 4)), "--log-every", str(max(1, arguments.steps // 12)),
-        "--out", str(out / "state"),
+        "--microbatch-size", "2", "--out", str(out / "state"),
     ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of each run (240)")
     parser.add_argument("--kills", type=int, default=5, help="SIGKILLs in the first run (5)")
-    parser.add_argument("--every", default="4s", help="mean time between them (4s)")
+    parser.add_argument("--every", default="6s", help="mean time between them (6s)")
     parser.add_argument("--seed", type=int, default=1, help="decides when and whom (1)")
     parser.add_argument("--preset", default="demo", help="size of the model (demo)")
     parser.add_argument("--keep", type=Path, help="keep event records and final states there")

@@ -88,7 +88,8 @@ class Trainer:
       clip_norm: global gradient norm; autocast: torch.bfloat16 or torch.float16; loss_scale: number or "dynamic";
       skip_nonfinite: leave out updates with infinite or NaN gradients; checkpoint_activations: recompute.
       seed; shuffle; exact: False trades the gradient tree for a plain running sum; state: name -> object with
-        state_dict/load_state_dict, captured and restored with everything else; device: "cpu" or "cuda".
+        state_dict/load_state_dict, captured at each commit and restored with everything else (change them inside
+        layers, loss or data, not between steps); device: "cpu" or "cuda".
 
     Raises ConfigError for what cannot be done (under `holdfast run`: one line, exit code 2).
     """
