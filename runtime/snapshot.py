@@ -103,7 +103,10 @@ class Snapshots:
         self.skipped = 0
         self._captured()  # what cannot be captured is refused now, not when the first snapshot is due
         if self._enabled:
-            self._reconnect()
+            try:
+                self._connect()
+            except PeerLost as error:
+                log.warning("no snapshot manager yet: %s", error)
             threading.Thread(target=self._copy_loop, name="holdfast-snapshot", daemon=True).start()
 
     def steps(self) -> list[int]:

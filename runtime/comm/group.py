@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from holdfast.proto.errors import Fenced, PeerLost
 
-from .reaper import drop_later
+from .reaper import Reaper
 from .sockets import duplicate_new_connections, shut_down, socket_inodes
 from .store import GenerationStore
 from .waiter import Waiter
@@ -92,7 +92,9 @@ class Group:
         publish: Callable[[str, bytes], None],
         build_timeout_s: float = 30.0,
         exclude_ports: Collection[int] = (),
+        reaper: Reaper | None = None,
     ) -> None:
+        self._reaper = reaper or Reaper()
         self.generation = generation
         self.rank = rank
         self.world_size = world_size
@@ -167,7 +169,9 @@ class Group:
         self._waiter.abort(fenced)
         if held[0] is not None:
             self._backend.wake(held[0])
-            drop_later(held)  # the main thread may have closed the group meanwhile: then ours was the last reference
+            self._reaper.drop_later(
+                held
+            )  # the main thread may have closed the group meanwhile: then ours was the last reference
 
     def close(self, *pending: object) -> None:
         """Drop the group and `pending` (works, tensors of a broken step). Peers see our end at once."""
@@ -181,7 +185,7 @@ class Group:
         for sock in sockets:
             sock.close()  # our duplicates: a peer gets FIN only when gloo's own is closed too
         self._waiter.close()
-        drop_later(held)
+        self._reaper.drop_later(held)
 
     def _start(self, start: Callable[[], Any]) -> Work:
         if self._fenced is not None:

@@ -21,6 +21,7 @@ from holdfast.proto.faults import parse_faults
 from holdfast.proto.lease import PAGE_BYTES, LeasePage, Phase
 
 from ..comm.group import Backend, Group
+from ..comm.reaper import Reaper
 from ..inject import Injector
 from ..lease import Lease
 from ..member import AgentLink, Identity, JoinReport, Member
@@ -28,6 +29,9 @@ from .peer import transfer_state
 
 if TYPE_CHECKING:
     from ..engine import Engine
+
+REAP_DEADLINE_S = 2.0
+"""At the end of a job: destructors of healthy groups take milliseconds, those of stuck ones are not waited for."""
 
 
 def identity_from_environment() -> Identity:
@@ -70,6 +74,7 @@ class Session:
         self._member = member
         self._group: Group | None = None
         self._backend: Backend | None = None
+        self._reaper = Reaper()
 
     @staticmethod
     def from_environment() -> Session:
@@ -115,6 +120,10 @@ class Session:
         """The last step is kept everywhere; this rank takes part no more."""
         if self._member is not None:
             self._member.goodbye(step)
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+        self._reaper.wait(REAP_DEADLINE_S)
 
     def config_error(self, message: str) -> None:
         """Report a fatal configuration error to the operator."""
@@ -187,6 +196,7 @@ class Session:
             backend=self._need_backend(),
             publish=lambda key, value: member.publish(generation, key, value, gather=True),
             exclude_ports=member.control_ports(),
+            reaper=self._reaper,
         )
         self._group = group
         member.attach(group)
