@@ -123,7 +123,7 @@ def watch(job: subprocess.Popen[bytes], events: Path, arguments: argparse.Namesp
         if not until(cycle + 1):
             print(json.dumps({"benchmark": "cycles", "failed": f"cycle {cycle}: rank {victim} not recovered"}))
             return 1
-        time.sleep(1.0)  # the next standby is forked meanwhile; a gauge in flux says nothing
+        time.sleep(0.6)  # the next standby is forked meanwhile; a gauge in flux says nothing
         samples.append(sample(processes, agent))
     read()
     window = max(1, len(samples) // 10)

@@ -31,6 +31,9 @@ class Rank:
         self.rank = rank
         self.world_size = world_size
         self.store = dist.TCPStore("127.0.0.1", port, world_size, rank == 0, use_libuv=False)
+        # A client of its own for waiting: one client serialises, and a get that waits would hold up every set. Made
+        # once: a TCPStore looks the peer's name up at each connection, which may take seconds.
+        self._reader = self.store.clone()
         self._backend: Any = None
 
     def torch_group(self) -> Any:
@@ -55,9 +58,7 @@ class Rank:
 
         def collect() -> None:
             keys = [f"0/{rank}" for rank in range(self.world_size)]
-            # A client of its own: one client serialises, and a get that waits would hold up every set.
-            store = self.store.clone()
-            group.deliver({key: store.get(prefix + key) for key in keys})
+            group.deliver({key: self._reader.get(prefix + key) for key in keys})
 
         group = Group(
             generation=generation,

@@ -29,7 +29,7 @@ def rank_main(rank: Rank, rounds: int) -> Any:
     import torch
     import torch.distributed as dist
 
-    from holdfast.proto.errors import Fenced
+    from holdfast.proto.errors import Fenced, PeerLost
 
     torch.set_num_threads(1)
     me, size = rank.rank, rank.world_size
@@ -65,12 +65,14 @@ def rank_main(rank: Rank, rounds: int) -> Any:
             started.append(time.perf_counter())
             current.abort(Fenced(generation, "benchmark"))
 
-        threading.Thread(target=order, daemon=True).start()
+        ordering = threading.Thread(target=order, daemon=True)
+        ordering.start()
         try:
             pending = group.irecv(torch.empty(1 << 16), (me + 1) % size, 9)
             blocked.set()
             group.wait(pending)
-        except Fenced:
+        except (Fenced, PeerLost):  # the order, or the end of a peer that got it a moment earlier
+            ordering.join()
             group.close(pending)
         group = rank.group(generation)
         current = group

@@ -29,7 +29,7 @@ def socket_inodes() -> dict[int, int]:
 def duplicate_new_connections(before: Collection[int], exclude_ports: Collection[int]) -> list[socket.socket]:
     """Duplicates of the TCP connections opened since `before` (inodes).
 
-    Listening sockets are left out, and connections to `exclude_ports` (the control channel's own).
+    Listening sockets are left out, and connections from or to `exclude_ports` (the control channel's own).
     """
     duplicates = []
     for inode, fd in socket_inodes().items():
@@ -52,10 +52,10 @@ def _is_peer_connection(sock: socket.socket, exclude_ports: Collection[int]) -> 
     try:
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return False
-        peer_port: int = sock.getpeername()[1]
+        ports = {sock.getpeername()[1], sock.getsockname()[1]}
     except OSError:
         return False
-    return peer_port not in exclude_ports
+    return ports.isdisjoint(exclude_ports)
 
 
 def shut_down(sockets: Collection[socket.socket]) -> None:
