@@ -10,7 +10,9 @@ from holdfast.runtime.recovery.decide import Report
 HELD = {0: frozenset({4, 5}), 1: frozenset({4, 5})}
 
 
-def joined(rank: int, incarnation: int = 0, live: int = 0, plan: str = "p", until: int = 9, held: object = None) -> Joined:
+def joined(
+    rank: int, incarnation: int = 0, live: int = 0, plan: str = "p", until: int = 9, held: object = None
+) -> Joined:
     kept = HELD if held is None else {}
     return Joined(incarnation, Report(rank, live, (rank,), kept), plan, "same", until)
 
