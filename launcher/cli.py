@@ -13,9 +13,10 @@ import difflib
 import importlib
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from holdfast.proto.errors import ConfigError
 
@@ -68,21 +69,34 @@ def status(argv: Sequence[str]) -> int:
     if arguments.json:
         print(reply.json)
         return 0
-    print(f"job {job.job}, coordinator {job.coordinator}, events {job.events or 'none'}")
-    for line in _lines(json.loads(reply.json)):
-        print(line)
+    print("\n".join(describe(job.job, job.events, json.loads(reply.json))))
     return 0
 
 
-def _lines(state: dict[str, object]) -> list[str]:
-    """A status reply for people: plain fields first, then one line per rank."""
-    plain = [f"{key}={value}" for key, value in state.items() if not isinstance(value, (dict, list))]
-    lines = ["  " + "  ".join(plain)] if plain else []
-    ranks = state.get("ranks")
-    rows = ranks if isinstance(ranks, list) else list(ranks.values()) if isinstance(ranks, dict) else []
-    for row in rows:
-        fields = [f"{key}={value}" for key, value in row.items()] if isinstance(row, dict) else [str(row)]
-        lines += ["  " + " ".join(fields)]
+def describe(job: str, events: str, state: dict[str, Any]) -> list[str]:
+    """A status reply for people: what the job does, then one line per rank."""
+    step = "no step yet" if state["step"] < 0 else f"step {state['step']}"
+    loss = f", loss {state['loss']:.4f}" if math.isfinite(state["loss"]) else ""
+    lines = [
+        f"{job}: {state['state']}, {step}{loss}; generation {state['generation']}, {state['recoveries']} recoveries",
+        f"events: {events or 'none'}",
+        f"{'rank':>4}  {'pid':>8}  {'process':>7}  {'host':<20}  does",
+    ]
+    for row in state["ranks"]:
+        does = (
+            "finished"
+            if row["finished"]
+            else "being replaced"
+            if not row["alive"]
+            else "starts"
+            if not row["connected"]
+            else "joined, waits for others"
+            if row["joined"]
+            else "trains"
+            if state["state"] == "running"
+            else "is joining"
+        )
+        lines.append(f"{row['rank']:>4}  {row['pid']:>8}  {row['incarnation']:>7}  {row['host']:<20}  {does}")
     return lines
 
 

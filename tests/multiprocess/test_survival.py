@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from campaign import LAYOUTS, SCRIPT, Run, plan_faults, run_job, verify  # noqa: E402
+from recovery import lines  # noqa: E402
 
 DEADLINE_S = 90.0
 
@@ -101,13 +101,13 @@ class Live:
         )
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in _lines(self.events_path) if event["event"] == kind]
+        return [event for event in lines(self.events_path) if event["event"] == kind]
 
     def await_step(self, step: int) -> None:
-        self.await_(lambda: any(line["step"] >= step for line in _lines(self.folder / "steps.jsonl")), f"step {step}")
+        self.await_(lambda: any(line["step"] >= step for line in lines(self.folder / "steps.jsonl")), f"step {step}")
 
     def last_step(self) -> int:
-        return max((line["step"] for line in _lines(self.folder / "steps.jsonl")), default=0)
+        return max((line["step"] for line in lines(self.folder / "steps.jsonl")), default=0)
 
     def await_(self, ready: Any, what: str) -> None:
         limit = time.monotonic() + DEADLINE_S
@@ -150,28 +150,36 @@ def live(tmp_path: Path) -> Iterator[Live]:
         job.end()
 
 
-def test_a_killed_coordinator_loses_no_step_and_the_next_rank_failure_is_survived(live: Live) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_coordinator_costs_no_step_and_the_next_rank_failure_is_survived(
+    live: Live, how: signal.Signals
+) -> None:
     live.await_step(5)
-    os.kill(live.events("coordinator_started")[0]["pid"], signal.SIGKILL)
+    os.kill(live.events("coordinator_started")[0]["pid"], how)
     live.await_(lambda: live.events("coordinator_restarted"), "restart of the coordinator")
     live.await_step(live.last_step() + 5)
     assert live.events("recovery") == [], "training never waited for it"
     assert [event["generation"] for event in live.events("formed")] == [1]
+    command = [sys.executable, "-m", "holdfast.launcher.cli", "status", "--job", live.name]
+    status = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert status.stdout.count("trains") == 4, "the new one knows everybody"
     before = live.last_step()
     os.kill(live.pid_of(1), signal.SIGKILL)
     live.await_(lambda: live.events("recovery"), "recovery after the restart")
     (recovery,) = live.events("recovery")
     assert recovery["resume_step"] >= before - 1
     assert recovery["generation"] == 2
-    steps = [line["step"] for line in _lines(live.folder / "steps.jsonl")]
+    steps = [line["step"] for line in lines(live.folder / "steps.jsonl")]
     assert steps == sorted(set(steps)), "no step was reported twice"
 
 
-def test_a_killed_snapshot_manager_is_replaced_and_protects_again(live: Live) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_snapshot_manager_is_replaced_and_protects_again(live: Live, how: signal.Signals) -> None:
     live.await_step(5)
     managers = [p for p in live.members() if "holdfast.ckpt.memory.manager" in " ".join(p.cmdline())]
     assert len(managers) == 1
-    managers[0].kill()
+    managers[0].send_signal(how)
+    live.await_(lambda: managers[0].pid not in {p.pid for p in live.members()}, "end of the manager")
     live.await_step(live.last_step() + 8)
     before = live.last_step()
     os.kill(live.pid_of(2), signal.SIGKILL)
@@ -194,15 +202,3 @@ def test_after_sigkill_of_the_agent_nothing_of_the_job_is_left(live: Live, ranks
     assert live.members() == []
     left = [str(p) for folder in folders for p in folder.rglob(f"*{live.name}*") if p.exists()]
     assert left == [], f"files left: {left}"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # being written
-    return found
