@@ -10,7 +10,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 # Without a GPU a smaller build will do:
-#   make venv TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+#   make venv TORCH='torch==2.13.0 --index-url URL-OF-PYTORCH-CPU-WHEELS'
 TORCH ?= torch==2.13.0
 ARGS ?=
 

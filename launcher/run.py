@@ -15,6 +15,7 @@ import difflib
 import importlib
 import importlib.util
 import io
+import logging
 import os
 import re
 import secrets
@@ -322,6 +323,9 @@ def _agent(folder: RunFolder, fields: dict[str, Any]) -> Iterator[None]:
     from .agent import HoldfastAgent, Options, self_test
 
     launcher: Any = importlib.import_module("torch.distributed.launcher.api")
+    # One line per rank that is asked to end says nothing, and would bury the one line that says why.
+    multiprocessing_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    multiprocessing_log.addFilter(lambda record: "closing signal" not in record.getMessage())
     mismatch = self_test()
     if mismatch is not None:
         tell(f"{mismatch}: ranks are not replaced, this is plain torchrun")
