@@ -6,64 +6,30 @@
 
 Everything else (command line, environment, rendezvous, logs, error files, signals, exit codes) stays torch's.
 Managed means that a rank has said hello on the agent socket; other jobs get stock behaviour. The private
-parts of torch that are used are checked at start (`self_test`). Not here: who is replaced (supervisor.py).
+parts of torch that are used are checked at start (`self_test`). Not here: who is replaced (supervisor.py), what
+runs beside the ranks (site.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import signal
-import socket
-import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-from holdfast.proto import env
-from holdfast.proto.errors import ConfigError
+from .bootstrap import own_address, publish, receive
+from .site import Host, Options, Site
+from .starter import Program, python_argv
 
-from . import registry
-from .detector import Limits
-from .loop import Loop
-from .processes import become_subreaper, kill_leaders
-from .services import Coordinator, SnapshotManager
-from .session import CoordinatorSession
-from .standby import StandbyPool
-from .starter import Program
-from .supervisor import Supervisor
-
-SNAPSHOTS: Final = "HOLDFAST_SNAPSHOTS"
-_BOOTSTRAP_KEY: Final = "holdfast/bootstrap"
 _NEEDED: Final = {
-    LocalElasticAgent: ("_start_workers", "_monitor_workers", "_shutdown", "_stop_workers"),
+    LocalElasticAgent: ("_start_workers", "_monitor_workers", "_shutdown", "_stop_workers", "_exit_barrier"),
     SubprocessContext: ("_start", "_poll", "_close", "pids"),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What `holdfast run` adds to torchrun's arguments. `budget` None: as many as `MANAGED_BUDGET`."""
-
-    job: str
-    token: str
-    bind: str
-    events: Path | None
-    run_dir: Path | None
-    standbys: int
-    preload: tuple[str, ...]
-    limits: Limits
-    budget: int
-    faults: str
-    snapshots: bool
 
 
 def self_test() -> str | None:
@@ -75,166 +41,6 @@ def self_test() -> str | None:
     return None
 
 
-class Host:
-    """Everything beside the ranks on this host, from the first start to the end of the job."""
-
-    def __init__(self, options: Options, store: Any, group_rank: int, world_size: int, python: bool) -> None:
-        self.options = options
-        self.job, self.token = options.job, options.token
-        self.name = socket.gethostname()
-        self.directory = Path(tempfile.mkdtemp(prefix="holdfast-"))
-        self._group_rank = group_rank
-        self._coordinator: Coordinator | None = None
-        self._smp: SnapshotManager | None = None
-        self._supervisor: Supervisor | None = None
-        self._loop: Loop | None = None
-        self._session: CoordinatorSession | None = None
-        self._closed = False
-        try:
-            self._start(store, world_size, python)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def supervisor(self) -> Supervisor:
-        """The supervisor of this host's ranks."""
-        assert self._supervisor is not None
-        return self._supervisor
-
-    def _start(self, store: Any, world_size: int, python: bool) -> None:
-        options = self.options
-        become_subreaper()
-        if self._group_rank == 0:
-            events = options.events or self.directory / "events.jsonl"
-            self._coordinator = Coordinator(
-                bind=options.bind,
-                job=self.job,
-                world_size=world_size,
-                events=events,
-                token=self.token,
-                directory=self.directory,
-            )
-            self._coordinator.begin()
-        else:
-            self._read_bootstrap(store)
-        suffix = f"{self.name}-{self._group_rank}" if self._group_rank else self.name
-        if SnapshotManager.available():
-            cleanup = [self.directory, *([registry.path_of(self.job)] if self._group_rank == 0 else [])]
-            self._smp = SnapshotManager(
-                name=f"{self.job}-smp-{suffix}",
-                job=self.job,
-                token=self.token,
-                directory=self.directory,
-                cleanup=cleanup,
-            )
-            self._smp.begin()
-        self._assemble(f"{self.job}-agent-{suffix}", world_size, python)
-        if self._coordinator is not None:
-            self._address = self._coordinator.await_ready()
-            self._publish(store)
-        if self._smp is not None:
-            self._smp.await_ready()
-        self._run()
-
-    def _read_bootstrap(self, store: Any) -> None:
-        told = json.loads(store.get(_BOOTSTRAP_KEY))
-        self.job, self.token, self._address = told["job"], told["token"], told["coordinator"]
-        if told["host"] != self.name and self._address.startswith(("127.", "localhost", "[::1]")):
-            raise ConfigError(
-                f"the coordinator on {told['host']} listens on {self._address}, out of reach of this host; "
-                "give --coordinator-bind HOST:PORT on the first host"
-            )
-
-    def _publish(self, store: Any) -> None:
-        told = {"job": self.job, "token": self.token, "coordinator": self._address, "host": self.name}
-        store.set(_BOOTSTRAP_KEY, json.dumps(told))
-        registry.write(registry.entry(self.job, self._address, self.token, str(self.options.events or "")))
-
-    def _assemble(self, socket_name: str, world_size: int, python: bool) -> None:
-        options = self.options
-        loop = Loop(lambda error: self.supervisor.on_crash(error))
-        session = CoordinatorSession(
-            host=self.name,
-            token=self.token,
-            world_size=world_size,
-            on_order=lambda order: self.supervisor.on_order(order),
-        )
-        self._loop, self._session = loop, session
-        self._supervisor = Supervisor(
-            loop, session, job=self.job, limits=options.limits, budget=options.budget, host=self.name
-        )
-        self._socket_name = socket_name
-        pool = None
-        if options.standbys and python:
-            pool = StandbyPool(
-                loop,
-                target=options.standbys,
-                preload=options.preload,
-                environment={**os.environ},
-                on_change=self._supervisor.on_pool_change,
-            )
-        self._supervisor.listen(socket_name, pool, self._service_pids)
-
-    def _service_pids(self) -> list[int]:
-        return [part.pid for part in (self._coordinator, self._smp) if part is not None]
-
-    def _run(self) -> None:
-        assert self._loop is not None
-        assert self._session is not None
-        supervisor = self.supervisor
-        supervisor.set_coordinator(self._address)
-        if self._coordinator is not None:
-            self._coordinator.adopt(self._loop, self._moved)
-        if self._smp is not None:
-            self._smp.adopt(self._loop)
-        self._session.start(self._address)
-        self._loop.start()
-
-    def _moved(self, address: str) -> None:
-        self.supervisor.on_coordinator_moved(address)
-        registry.write(registry.entry(self.job, address, self.token, str(self.options.events or "")))
-
-    def environment(self, epoch: int) -> dict[str, str]:
-        """What every rank of this host finds in its environment besides torchrun's."""
-        options = self.options
-        found = {
-            env.JOB: self.job,
-            env.TOKEN: self.token,
-            env.AGENT: self._socket_name,
-            env.COORDINATOR: self.supervisor.coordinator,
-            env.INCARNATION: str(epoch),
-            env.FAULTS: options.faults,
-            env.RUN_DIR: str(options.run_dir or ""),
-            SNAPSHOTS: "on" if options.snapshots else "off",
-        }
-        if self._smp is not None:
-            found[env.SMP] = self._smp.name
-        return found
-
-    def close(self) -> None:
-        """End everything; harmless to repeat. After the ranks have ended: the socket is their lifeline."""
-        if self._closed:
-            return
-        self._closed = True
-        with contextlib.ExitStack() as stack:
-            # Run in reverse order, each whatever the others do.
-            stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
-            stack.callback(lambda: registry.remove(self.job) if self._group_rank == 0 else None)
-            stack.callback(self._kill_unknown)
-            for part in (self._smp, self._coordinator, self._supervisor):
-                if part is not None:
-                    stack.callback(part.close)
-            if self._session is not None:
-                stack.callback(self._session.close)
-            if self._loop is not None:
-                stack.callback(self._loop.stop)
-
-    def _kill_unknown(self) -> None:
-        if self._supervisor is not None and not self._supervisor.attached:
-            kill_leaders(())  # a signal came while torch was starting ranks: it lost count of them
-
-
 class HoldfastAgent(LocalElasticAgent):
     """See the module's docstring."""
 
@@ -243,6 +49,7 @@ class HoldfastAgent(LocalElasticAgent):
         self._options = options
         self._host: Host | None = None
         self._epoch = 0
+        self._left = False  # torch's rendezvous
         handler = self._worker_group.spec.rdzv_handler
         waiting = handler.num_nodes_waiting
         # torch restarts all workers when a node waits; a managed job keeps its survivors.
@@ -256,10 +63,7 @@ class HoldfastAgent(LocalElasticAgent):
         if not isinstance(spec.entrypoint, str):
             return super()._start_workers(worker_group)  # type: ignore[no-any-return]
         if self._host is None:
-            python = _python_argv(spec.entrypoint, tuple(spec.args)) is not None and spec.numa_options is None
-            group_rank = int(worker_group.group_rank or 0)
-            world_size = int(worker_group.workers[0].world_size)
-            self._host = Host(self._options, worker_group.store, group_rank, world_size, python)
+            self._host = self._open_host(worker_group)
         supervisor, ours = self._host.supervisor, self._host.environment(self._epoch)
         supervisor.attached = False
         with supervisor.locked(), _environment(ours):
@@ -271,10 +75,40 @@ class HoldfastAgent(LocalElasticAgent):
         self._epoch += 1
         return pids
 
+    def _open_host(self, worker_group: WorkerGroup) -> Host:
+        spec, options = worker_group.spec, self._options
+        assert isinstance(spec.entrypoint, str)
+        hosts = int(worker_group.group_world_size or 1)
+        site = Site(
+            index=int(worker_group.group_rank or 0),
+            hosts=hosts,
+            world_size=int(worker_group.workers[0].world_size),
+            capacity=spec.local_world_size,
+            address=own_address(options.local_address, options.endpoint) if hosts > 1 else "127.0.0.1",
+            python=python_argv(spec.entrypoint, tuple(spec.args)) is not None and spec.numa_options is None,
+        )
+        if not site.leads:
+            return Host(options, site, receive(worker_group.store))
+        host = Host(options, site)
+        if site.several:
+            publish(worker_group.store, host.bootstrap())
+        return host
+
+    def _leave_rendezvous(self) -> None:
+        """The first host may go, and torch's rendezvous with it: nobody is to complain of that every few seconds."""
+        handler: Any = self._worker_group.spec.rdzv_handler
+        if hasattr(handler, "_stop_heartbeats"):
+            handler._stop_heartbeats()
+        handler.shutdown = lambda: True
+
+    def _exit_barrier(self) -> None:
+        if not self._managed():  # a managed job has ended for all of its hosts at once
+            super()._exit_barrier()  # type: ignore[no-untyped-call]
+
     def _program(self, context: Any, local_rank: int, ours: dict[str, str]) -> Program:
         arguments = tuple(str(argument) for argument in context.args[local_rank])
         command: tuple[str, ...] = (context.entrypoint, *arguments)
-        python = _python_argv(context.entrypoint, arguments)
+        python = python_argv(context.entrypoint, arguments)
         if self._worker_group.spec.numa_options is not None:
             from torch.numa.binding import _maybe_wrap_command_args_with_numa_binding
 
@@ -301,7 +135,14 @@ class HoldfastAgent(LocalElasticAgent):
             view = supervisor.view()
             if view.stop is not None:
                 raise view.stop
+            if view.good:
+                supervisor.freeze()
+                values = {worker.global_rank: None for worker in worker_group.workers}
+                return RunResult(state=WorkerState.SUCCEEDED, return_values=values)
             if view.managed and not view.ended:
+                if self._host.site.several and not self._left:
+                    self._left = True
+                    self._leave_rendezvous()
                 return RunResult(state=WorkerState.HEALTHY)
             if view.managed:
                 self._remaining_restarts = 0  # replacing was our restart: what is lost now is lost
@@ -323,17 +164,6 @@ class HoldfastAgent(LocalElasticAgent):
         finally:
             if self._host is not None:
                 self._host.close()
-
-
-def _python_argv(entrypoint: str, arguments: tuple[Any, ...]) -> tuple[tuple[str, ...], bool] | None:
-    """(argv, is_module) if a standby can run it: our interpreter with a script or module."""
-    rest = [str(argument) for argument in arguments]
-    if entrypoint != sys.executable or rest[:1] != ["-u"]:
-        return None
-    rest = rest[1:]
-    is_module = rest[:1] == ["-m"]
-    argv = tuple(rest[1:] if is_module else rest)
-    return (argv, is_module) if argv else None
 
 
 @contextlib.contextmanager

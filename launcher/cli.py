@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ COMMANDS: Final = {
     "status": ("", "what a running job does now"),
     "chaos": ("holdfast.launcher.chaos", "hurt a running job on purpose"),
     "bench": ("holdfast.launcher.bench", "measure recovery and overhead"),
+    "ckpt": ("holdfast.ckpt.cli", "look at, verify, convert, merge checkpoints of any framework"),
     "version": ("", "print the version"),
 }
 
@@ -80,6 +82,7 @@ def describe(job: str, events: str, state: dict[str, Any]) -> list[str]:
     lines = [
         f"{job}: {state['state']}, {step}{loss}; generation {state['generation']}, {state['recoveries']} recoveries",
         f"events: {events or 'none'}",
+        *_describe_hosts(state),
         f"{'rank':>4}  {'pid':>8}  {'process':>7}  {'host':<20}  does",
     ]
     for row in state["ranks"]:
@@ -97,6 +100,34 @@ def describe(job: str, events: str, state: dict[str, Any]) -> list[str]:
             else "is joining"
         )
         lines.append(f"{row['rank']:>4}  {row['pid']:>8}  {row['incarnation']:>7}  {row['host']:<20}  {does}")
+    return lines
+
+
+def _describe_hosts(state: dict[str, Any]) -> list[str]:
+    """What a job of several hosts can lose, and which hosts it has."""
+    hosts = state.get("hosts", [])
+    if len(hosts) < 2:
+        return []
+    lines = []
+    redundancy = state.get("redundancy")
+    if redundancy is None:
+        lines.append("redundancy: none; the loss of a host ends the job unless replicas hold its state")
+    else:
+        step = redundancy["protected_step"]
+        protected = f"step {step} protected" if step >= 0 else "parity is being computed"
+        left = Counter(redundancy["stripes"].values())
+        stripes = ", ".join(f"{count} stripes {tolerated}" for tolerated, count in sorted(left.items()))
+        tolerated = redundancy["losses_tolerated"]
+        lines.append(
+            f"redundancy: {redundancy['code']}, {protected}; {tolerated} more hosts may be lost now ({stripes})"
+        )
+        lines += [f"warning: {warning}" for warning in redundancy["warnings"]]
+    for host in hosts:
+        ranks = ", ".join(map(str, host["ranks"])) or "none (spare)"
+        does = f"lost: {host['lost']}" if host["lost"] else f"ranks {ranks}" if host["connected"] else "silent"
+        lines.append(f"host {host['host']}  {host['name']:<16} {host['address']:<15} {host['domain']:<12} {does}")
+    if state.get("waiting"):
+        lines.append(f"ranks {', '.join(map(str, state['waiting']))} wait for a host")
     return lines
 
 

@@ -18,14 +18,14 @@ No socket, clock or thread: time is passed in, actions are carried out by coordi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 
 from holdfast.proto.ids import NO_STEP
-from holdfast.runtime.recovery.decide import Impossible, Report, Source, decide_resume
+from holdfast.runtime.recovery.decide import Impossible, Resume, Source, decide_resume
 
-from .actions import Action, Announce, Fence, Form, Record, StopJob, StoreAll
+from .actions import Action, Announce, Fence, Form, JobDone, Record, StopJob, StoreAll
 from .recovery import Recovery
+from .slots import Joined, Slot
 
 SUSPECT_GRACE_NS = 500_000_000
 """How long a broken connection without a known death waits for the agent to name the dead."""
@@ -36,30 +36,6 @@ class State(Enum):
 
     FORMING = "forming"  # joins
     RUNNING = "running"  # the next failure
-
-
-@dataclass(slots=True)
-class Slot:
-    """One rank's place. `incarnation` is the newest that an agent started."""
-
-    incarnation: int = 0
-    pid: int = 0
-    host: str = ""
-    alive: bool = False
-    connected: bool = False
-    finished: bool = False
-    step: int = int(NO_STEP)
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A rank's join: which process, and what it reported."""
-
-    incarnation: int
-    report: Report
-    plan: str
-    compute: str
-    until: int
 
 
 class Membership:
@@ -81,12 +57,13 @@ class Membership:
         self._recovery: Recovery | None = None
         self._suspected: tuple[int, int, str] | None = None  # deadline, generation, reason
         self.recoveries = 0
+        self.placement = 0  # number of the placement of parity; 0: none
         self.step = int(NO_STEP)
         self.loss = float("nan")
 
     # ---- agents -------------------------------------------------------------------------------------
 
-    def on_agent_hello(self, now_ns: int, host: str, ranks: Iterable[tuple[int, int, int]]) -> list[Action]:
+    def on_host_ranks(self, now_ns: int, host: int, ranks: Iterable[tuple[int, int, int]]) -> list[Action]:
         """An agent (re)connected and says which process holds each of its ranks: (rank, incarnation, pid)."""
         actions: list[Action] = []
         for rank, incarnation, pid in ranks:
@@ -94,7 +71,7 @@ class Membership:
         return actions
 
     def on_rank_started(
-        self, now_ns: int, rank: int, incarnation: int, pid: int, host: str, source: str
+        self, now_ns: int, rank: int, incarnation: int, pid: int, host: int, source: str
     ) -> list[Action]:
         """An agent started a process for `rank`."""
         slot = self.slots[rank]
@@ -102,7 +79,7 @@ class Membership:
             return []
         replaced = incarnation > slot.incarnation and self._counts(rank)
         if incarnation > slot.incarnation:
-            slot.finished = False  # the one before left the last barrier, this one has nothing yet
+            slot.finished = slot.ended = False  # the one before left the last barrier, this one has nothing yet
         slot.incarnation, slot.pid, slot.host, slot.alive = incarnation, pid, host, True
         actions: list[Action] = []
         if source:
@@ -113,6 +90,7 @@ class Membership:
                         "rank": rank,
                         "incarnation": incarnation,
                         "pid": pid,
+                        "host": host,
                         "source": source,
                     }
                 )
@@ -140,9 +118,10 @@ class Membership:
             return []
         slot.alive = slot.connected = False
         if finished:
-            slot.finished = True
+            slot.finished = slot.ended = True
             record: Action = Record({"event": "rank_finished", "rank": rank, "incarnation": incarnation})
-            return [record, *self._form_if_waiting(now_ns)]
+            done: list[Action] = [JobDone()] if all(slot.ended for slot in self.slots.values()) else []
+            return [record, *done, *self._form_if_waiting(now_ns)]
         cause: dict[str, object] = {
             "rank": rank,
             "incarnation": incarnation,
@@ -161,17 +140,18 @@ class Membership:
     # ---- ranks --------------------------------------------------------------------------------------
 
     def on_rank_hello(
-        self, now_ns: int, rank: int, incarnation: int, pid: int, host: str, generation: int, live_step: int
+        self, now_ns: int, rank: int, incarnation: int, pid: int, host: int, generation: int, live_step: int
     ) -> list[Action]:
         """A rank opened its session (for the first time, or again after this coordinator was restarted)."""
         slot = self.slots[rank]
         if incarnation < slot.incarnation:
             return []  # a fenced process that does not know it yet
+        del host
         slot.connected = slot.alive = True
-        slot.pid, slot.host = pid, host
+        slot.pid = pid  # where it runs its agent says, whose number may be newer than the rank's
         newer = incarnation > slot.incarnation
         if newer:
-            slot.finished = False
+            slot.finished = slot.ended = False
         slot.incarnation = incarnation
         if generation > self.generation:
             # The log lost its tail; the ranks know better.
@@ -302,9 +282,9 @@ class Membership:
         mismatch = _mismatch(self._joins)
         if mismatch:
             return [StopJob(2, mismatch)]
-        decision = decide_resume([self._joins[rank].report for rank in sorted(self._joins)])
+        decision = self._decide(self._joins)
         if isinstance(decision, Impossible):
-            return [StopJob(1, _lost_for_good(decision))]
+            return [StopJob(1, self._why_lost(decision))]
         if decision.fresh and (self.step > 0 or any(joined.incarnation for joined in self._joins.values())):
             reached = max(self.step, 0)
             return [StopJob(1, f"no rank has any state left, and step {reached} was reached: nothing to resume from")]
@@ -331,11 +311,29 @@ class Membership:
             "fresh": decision.fresh,
             "solo": bool(finished),
         }
-        self._joins = {}
+        joins, self._joins = self._joins, {}
         return [
             Record(formed),
-            Form(self.generation, members, decision.step, decision.fresh, bool(finished), ranks),
+            *self._before_form(joins),
+            Form(self.generation, members, decision.step, decision.fresh, bool(finished), ranks, self.placement),
         ]
+
+    def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
+        """The step to resume from, and everybody's source."""
+        return decide_resume([joins[rank].report for rank in sorted(joins)])
+
+    def _why_lost(self, decision: Impossible) -> str:
+        """One line for a job that has nothing to resume from."""
+        ranks = ", ".join(map(str, decision.missing))
+        return (
+            f"the state of rank {ranks} after step {decision.newest} is lost: no live copy, no snapshot. "
+            "Keep snapshots on (--snapshots on), or run data-parallel replicas"
+        )
+
+    def _before_form(self, joins: Mapping[int, Joined]) -> list[Action]:
+        """What others must hear before the ranks go on."""
+        del joins
+        return []
 
     def _recovered(self, recovery: Recovery, step: int, committed_ns: int) -> list[Action]:
         self._recovery = None
@@ -376,11 +374,3 @@ def _mismatch(joins: Mapping[int, Joined]) -> str:
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
             return f"the ranks disagree on the {what} ({listed}); all must run the same script, arguments and build"
     return ""
-
-
-def _lost_for_good(decision: Impossible) -> str:
-    ranks = ", ".join(map(str, decision.missing))
-    return (
-        f"the state of rank {ranks} after step {decision.newest} is lost: no live copy, no snapshot. "
-        "Keep snapshots on (--snapshots on), or run data-parallel replicas"
-    )

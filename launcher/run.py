@@ -20,22 +20,32 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from holdfast.ckpt.memory.redundancy import Redundancy
+from holdfast.proto import env
 from holdfast.proto.errors import ConfigError, HoldfastError
 from holdfast.proto.faults import parse_faults
 
 from . import registry
+from .bootstrap import is_ours, own_address
 from .detector import Limits
+from .options import add_options
 from .processes import tell
 
+if TYPE_CHECKING:
+    from .site import Options
+
 MANAGED_BUDGET: Final = 1000
+LEASE_LEAST_S: Final = 3.0
+CPP_LOG: Final = "TORCH_CPP_LOG_LEVEL"
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 EXAMPLES: Final = """\
@@ -44,6 +54,7 @@ examples:
   holdfast run --nproc-per-node 4 --standbys 2 --log-dir logs --tee 3 train.py
   holdfast run --nproc-per-node 4 -m package.train
   holdfast run --nproc-per-node 4 --faults rank=2,step=5,at=backward:3,kind=kill train.py
+  holdfast run --nnodes 8 --nproc-per-node 4 --rdzv-endpoint host0:29400 --redundancy rs:6+2 train.py   (on 8 hosts)
 
 Every option of torchrun works as there. A rank that says hello to the agent (holdfast.runtime.Trainer does)
 is replaced alone when it dies or hangs; a plain torchrun script is run as torchrun runs it.
@@ -77,56 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
             )
             if action.default == 0:
                 action.default = None  # else PET_MAX_RESTARTS has set it
-    _add_ours(parser)
+    add_options(parser)
     return parser
-
-
-def _add_ours(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("holdfast").add_argument
-    add("--standbys", type=int, default=1, metavar="N", help="warm standby processes per host (default 1)")
-    add("--preload", default="", metavar="MODULE[,...]", help="modules that standbys import in advance")
-    add("--job-id", default="", metavar="ID", help="name of the job (default: random)")
-    add(
-        "--coordinator-bind",
-        default="127.0.0.1:0",
-        metavar="HOST:PORT",
-        help="default 127.0.0.1:0 (a free port)",
-    )
-    add(
-        "--events",
-        default="",
-        metavar="FILE",
-        help="event record; 'none' for none (default: in the run's folder)",
-    )
-    add(
-        "--lease-min",
-        type=float,
-        default=2.0,
-        metavar="S",
-        help="shortest silence taken for a hang (default 2)",
-    )
-    add("--lease-start", type=float, default=600.0, metavar="S", help="longest start of a rank (default 600)")
-    add(
-        "--lease-user",
-        type=float,
-        default=300.0,
-        metavar="S",
-        help="longest user code between steps (default 300)",
-    )
-    add(
-        "--stop-grace",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="stopped (SIGSTOP) so long: replaced (default 0.5)",
-    )
-    add(
-        "--faults",
-        default="",
-        metavar="SPEC",
-        help="scripted faults: rank=2,step=5,at=backward:3,kind=kill;...",
-    )
-    add("--snapshots", choices=("on", "off"), default="on", help="snapshots in memory (default on)")
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -145,16 +108,23 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Arguments for torch, and fields for agent.Options. Raises ConfigError, Stopped; starts nothing."""
     arguments = build_parser().parse_args(list(argv))
-    for name in ("lease_min", "lease_start", "lease_user", "stop_grace"):
+    for name in ("lease_min", "lease_start", "lease_user", "stop_grace", "host_wait", "host_lease"):
         if not getattr(arguments, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be above 0 seconds, got {getattr(arguments, name)}")
+    if arguments.host_lease < LEASE_LEAST_S:
+        raise ConfigError(
+            f"--host-lease must be at least {LEASE_LEAST_S:g} seconds, got {arguments.host_lease:g}: less would lose "
+            "hosts while another coordinator takes over"
+        )
     if arguments.standbys < 0:
         raise ConfigError(f"--standbys must be 0 or more, got {arguments.standbys}")
     if arguments.max_restarts is not None and arguments.max_restarts < 0:
         raise ConfigError(f"--max-restarts must be 0 or more, got {arguments.max_restarts}")
-    host, _, port = arguments.coordinator_bind.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"--coordinator-bind is HOST:PORT, got {arguments.coordinator_bind!r}")
+    for name in ("coordinator_bind", "join"):
+        text = getattr(arguments, name)
+        host, _, port = text.rpartition(":")
+        if text and (not host or not port.isascii() or not port.isdigit() or int(port) > 65535):
+            raise ConfigError(f"--{name.replace('_', '-')} is HOST:PORT, got {text!r}")
     try:
         parse_faults(arguments.faults)
     except ValueError as error:
@@ -168,8 +138,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         raise ConfigError(f"a job {job!r} already runs on this machine")
     return arguments, {
         "job": job,
-        "token": secrets.token_hex(16),
+        "token": os.environ.get(env.TOKEN) or secrets.token_hex(16),
         "bind": arguments.coordinator_bind,
+        "endpoint": arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}",
+        "local_address": arguments.local_addr or "",
+        "domain": _domain(arguments.failure_domain),
+        "redundancy": arguments.redundancy,
+        "host_lease_s": arguments.host_lease,
+        "coordinator": (
+            *("--redundancy", arguments.redundancy, "--lost-host", arguments.lost_host),
+            *("--host-wait", str(arguments.host_wait), "--host-lease", str(arguments.host_lease)),
+        ),
         "standbys": arguments.standbys,
         "preload": tuple(name for name in arguments.preload.split(",") if name),
         "limits": Limits(
@@ -196,6 +175,10 @@ def _check_torchrun(arguments: argparse.Namespace) -> None:
     if not 0 < least <= most:
         raise ConfigError(f"--nnodes must be at least 1 and rising, got {arguments.nnodes!r}")
     try:
+        Redundancy.parse(arguments.redundancy, least)
+    except ConfigError as error:
+        raise ConfigError(f"--redundancy: {error.message}") from None
+    try:
         processes = determine_local_world_size(arguments.nproc_per_node)
     except ValueError as error:
         raise ConfigError(f"--nproc-per-node: {error}") from None
@@ -210,6 +193,18 @@ def _check_torchrun(arguments: argparse.Namespace) -> None:
         raise ConfigError("--module and --no-python exclude each other")
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _domain(given: str) -> str:
+    """The failure domain of this host: a label, or its line in a file."""
+    if not given or not os.path.isfile(given):
+        return given
+    name = socket.gethostname()
+    for line in Path(given).read_text().splitlines():
+        words = line.split()
+        if len(words) == 2 and words[0] == name:
+            return words[1]
+    raise ConfigError(f"--failure-domain: {given} has no line '{name} LABEL'")
 
 
 def _check_script(arguments: argparse.Namespace) -> None:
@@ -255,8 +250,6 @@ class RunFolder:
         try:
             for path in {self.folder, *([self.events.parent] if self.events else [])}:
                 self._make(path)
-            if self.events is not None:
-                _set_aside(self.events)
         except OSError as error:
             raise ConfigError(f"cannot write {error.filename}: {error.strerror}; give --log-dir or --events") from None
         arguments.log_dir = arguments.log_dir or str(self.folder)
@@ -279,16 +272,6 @@ class RunFolder:
                 root.rmdir()
 
 
-def _set_aside(path: Path) -> None:
-    """An older record keeps its content under another name: the coordinator takes what it finds for its own."""
-    if not path.exists() or not path.stat().st_size:
-        return
-    number = 1
-    while (older := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(older)
-
-
 def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Run the job to its end. Raises Stopped for every end but a good one."""
     from torch.distributed import DistError
@@ -297,6 +280,9 @@ def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    from .site import Options
+    from .spare import serve_as_spare
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # --tee into a pipe or a file: lines as they come
     folder = RunFolder(arguments, fields["job"])
@@ -304,9 +290,13 @@ def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         arguments.max_restarts = 0
     # Stock restarts of the whole group find the dead ranks' addresses in the shared store and fail with gloo.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    options = Options(events=folder.events, run_dir=folder.folder, **fields)
+    if arguments.nnodes not in ("1", "1:1"):
+        _place(arguments)
     try:
-        with _signals(arguments.signals_to_handle), _agent(folder, fields):
-            record(torchrun.run)(arguments)
+        with _signals(arguments.signals_to_handle), _agent(options):
+            if not serve_as_spare(arguments, options):
+                record(torchrun.run)(arguments)
     except ChildFailedError as error:
         raise Stopped(1, f"the job failed\n{error}") from None
     except SignalException as error:
@@ -317,10 +307,24 @@ def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         folder.tidy()
 
 
+def _place(arguments: argparse.Namespace) -> None:
+    """Tell torch's rendezvous what it would otherwise guess from host names, which need not resolve anywhere."""
+    endpoint = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
+    if not arguments.local_addr:
+        arguments.local_addr = own_address("", endpoint)
+    if arguments.rdzv_backend == "c10d" and "is_host" not in arguments.rdzv_conf:
+        from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
+
+        # What it is told it insists on; where it guesses right it also copes with a second agent on the machine.
+        ours = is_ours(endpoint)
+        if ours != _matches_machine_hostname(endpoint.rpartition(":")[0].strip("[]")):
+            arguments.rdzv_conf = ",".join(filter(None, (arguments.rdzv_conf, f"is_host={ours}")))
+
+
 @contextlib.contextmanager
-def _agent(folder: RunFolder, fields: dict[str, Any]) -> Iterator[None]:
+def _agent(options: Options) -> Iterator[None]:
     """Our agent in the place of torch's, if torch is as we know it."""
-    from .agent import HoldfastAgent, Options, self_test
+    from .agent import HoldfastAgent, self_test
 
     launcher: Any = importlib.import_module("torch.distributed.launcher.api")
     # One line per rank that is asked to end says nothing, and would bury the one line that says why.
@@ -332,7 +336,6 @@ def _agent(folder: RunFolder, fields: dict[str, Any]) -> Iterator[None]:
         yield
         return
     stock = launcher.LocalElasticAgent
-    options = Options(events=folder.events, run_dir=folder.folder, **fields)
     launcher.LocalElasticAgent = partial(HoldfastAgent, options=options)
     try:
         yield
@@ -359,8 +362,12 @@ def _signals(names: str) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `holdfast run`; returns the exit code."""
+    # The first host may be lost: torch's rendezvous in C++ would print a stack for each word it cannot say to it.
+    quiet = os.environ.setdefault(CPP_LOG, "ERROR") == "ERROR"
     try:
         arguments, fields = parse(sys.argv[1:] if argv is None else argv)
+        if quiet:
+            del os.environ[CPP_LOG]  # read by now, and not meant for the ranks
         launch(arguments, fields)
     except Stopped as stopped:
         if stopped.message:

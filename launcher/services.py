@@ -68,12 +68,22 @@ def last_line(path: Path) -> str:
 
 
 class Coordinator:
-    """The coordinator's process, on the first host of the job."""
+    """The coordinator's process: on every host of the job one; on the first it leads."""
 
-    def __init__(self, *, bind: str, job: str, world_size: int, events: Path, token: str, directory: Path) -> None:
+    def __init__(
+        self,
+        *,
+        bind: str,
+        job: str,
+        world_size: int,
+        events: Path,
+        token: str,
+        directory: Path,
+        options: Sequence[str] = (),
+    ) -> None:
         self.address = ""
         self._bind = bind
-        self._command = ["--job", job, "--world-size", str(world_size), "--events", str(events)]
+        self._command = ["--job", job, "--world-size", str(world_size), "--events", str(events), *options]
         self._token = token
         self._log = directory / "coordinator.log"
         self._proc: subprocess.Popen[bytes] | None = None

@@ -1,18 +1,25 @@
-"""The agent's stream to the coordinator, kept open while the job runs, whichever process that is now.
+"""The agent's stream to the coordinator in charge, wherever that is now.
 
     started(rank), exited(rank) ──▶ outbox ──▶ AgentSession stream ──▶ coordinator
     on_order(order)             ◀──────────────                    ◀──
 
-A coordinator that was restarted knows nothing of this host: the new stream begins with a hello that names
-every live rank, then what could not be sent, then which ranks are finished. Not here: what orders mean.
-Invariant: hello and outbox are swapped under one lock, so a death is in one or the other, never in neither.
+A coordinator that was restarted, or that takes over from one whose host is lost, knows nothing of this host: the
+new stream begins with a hello that names every live rank and brings the newest roster, then what could not be
+sent, then which ranks are finished. Without a word from the coordinator its hosts are asked in the roster's order,
+which is the same for all agents, so that they meet. Not here: what orders mean. Invariants:
+
+* hello and outbox are swapped under one lock, so a death is in one or the other, never in neither;
+* `silence_s` counts from the last word of a coordinator that is in charge.
 """
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -21,8 +28,13 @@ import grpc
 from holdfast.proto.gen import control_pb2 as pb
 from holdfast.proto.gen import control_pb2_grpc
 
+from .hosts import BEAT_NS, SILENT_NS, Host, Roster
+
 TOKEN_HEADER: Final = "holdfast-token"
 RETRY_S: Final = 0.25
+LEADER_RETRY_S: Final = 2.0
+"""A coordinator whose agent lives is restarted in less; after this the others are asked."""
+CONNECT_S: Final = 0.4
 _OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -30,32 +42,74 @@ _OPTIONS: Final = (
 )
 
 
+def answers(address: str, timeout_s: float = CONNECT_S) -> bool:
+    """Whether something takes connections there."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout_s):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def candidates(leader: str, roster: Roster) -> list[str]:
+    """Whom to ask, in this order: the last leader, then every host's coordinator, in the order of their numbers."""
+    others = [host.coordinator for host in sorted(roster.hosts, key=lambda host: host.index) if not host.lost]
+    return list(dict.fromkeys([leader, *(address for address in others if address)]))
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the session calls, from its thread."""
+
+    on_order: Callable[[Any], None]
+    on_leader: Callable[[str], None] = lambda address: None  # another coordinator is in charge
+    on_fenced: Callable[[], None] = lambda: None  # this host was given up: its ranks must end
+
+
 class CoordinatorSession:
     """See the module's docstring. Every method may be called from any thread."""
 
-    def __init__(self, *, host: str, token: str, world_size: int, on_order: Callable[[Any], None]) -> None:
-        self._host = host
+    def __init__(self, *, me: Host, token: str, world_size: int, hooks: Hooks) -> None:
+        self._me = me
         self._token = token
         self._world_size = world_size
-        self._on_order = on_order
+        self._hooks = hooks
         self._changed = threading.Condition()
         self._outbox: SimpleQueue[Any] = SimpleQueue()
         self._live: dict[int, Any] = {}
         self._finished: dict[int, Any] = {}
         self._address = ""
+        self._roster = Roster()
         self._closed = False
         self._call: Any = None
+        self._heard_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="holdfast-session", daemon=True)
+        self._beats = threading.Thread(target=self._beat, name="holdfast-beat", daemon=True)
 
     def start(self, address: str) -> None:
         """Begin, with the coordinator at `address`."""
         self._address = address
+        self._heard_s = time.monotonic()
         self._thread.start()
+        self._beats.start()
+
+    @property
+    def address(self) -> str:
+        """Where the coordinator in charge was last heard."""
+        return self._address
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since a coordinator in charge said anything; 0 in a job of one host."""
+        return time.monotonic() - self._heard_s if self._several() else 0.0
 
     def moved(self, address: str) -> None:
-        """The coordinator listens at `address` now."""
+        """Our own coordinator listens at `address` now; in a job of one host it is the one in charge."""
         with self._changed:
-            self._address = address
+            self._me = replace(self._me, coordinator=address)
+            if not self._several():
+                self._address = address
             self._changed.notify_all()
 
     def started(self, started: Any) -> None:
@@ -73,8 +127,22 @@ class CoordinatorSession:
                 self._finished[exited.rank] = exited
             self._outbox.put(pb.AgentMessage(exited=exited))
 
+    def failed(self, reason: str) -> None:
+        """This host cannot go on."""
+        self._outbox.put(pb.AgentMessage(failed=pb.AgentFailed(reason=reason)))
+
+    def fenced(self) -> None:
+        """Our ranks have ended because nobody in charge was heard: from now on this is a host without any."""
+        with self._changed:
+            self._live.clear()
+            self._finished.clear()
+            self._me = replace(self._me, index=-1)
+            call = self._call
+        if call is not None:
+            call.cancel()
+
     def close(self, timeout_s: float = 2.0) -> None:
-        """End the stream and the thread."""
+        """End the stream and the threads."""
         with self._changed:
             self._closed = True
             call = self._call
@@ -82,30 +150,65 @@ class CoordinatorSession:
             self._changed.notify_all()
         if call is not None:
             call.cancel()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+        for thread in (self._thread, self._beats):
+            if thread.ident is not None:
+                thread.join(timeout_s)
 
-    # ---- the thread ---------------------------------------------------------------------------------
+    def _several(self) -> bool:
+        return len(self._roster.hosts) > 1
 
-    def _run(self) -> None:
-        failed = ""
+    # ---- the threads --------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Say that we are there, and leave a coordinator that says nothing any more."""
         while True:
             with self._changed:
-                # After a failure the address usually changes; it may also be the same again, in a moment.
-                self._changed.wait_for(lambda: self._closed or self._address != failed, RETRY_S)  # noqa: B023
+                if self._changed.wait_for(lambda: self._closed, BEAT_NS / 1e9):
+                    return
+                call = self._call
+                self._outbox.put(pb.AgentMessage(beat=pb.Beat()))
+            if call is not None and self.silence_s > SILENT_NS / 1e9 and self._several():
+                call.cancel()
+
+    def _run(self) -> None:
+        asked, turn, failing_s = "", 0, 0.0
+        while True:
+            with self._changed:
+                choices = candidates(self._address, self._roster)
+                # After a failure the address may change at any time (it was restarted elsewhere on this host).
+                if asked == choices[turn % len(choices)]:
+                    self._changed.wait_for(lambda: self._closed or self._address != asked, RETRY_S)  # noqa: B023
                 if self._closed:
                     return
-                address = self._address
-            # A broken stream is no news: the coordinator's process is watched elsewhere.
-            with contextlib.suppress(grpc.RpcError):
-                self._stream(address)
-            failed = address
+                choices = candidates(self._address, self._roster)
+            address = asked = choices[turn % len(choices)]
+            failing_s = failing_s or time.monotonic()
+            welcomed = False
+            if len(choices) == 1 or answers(address):
+                # A broken stream is no news: the coordinator's process is watched elsewhere.
+                with contextlib.suppress(grpc.RpcError):
+                    welcomed = self._stream(address)
+            if welcomed:
+                asked, turn, failing_s = "", 0, 0.0
+            elif not self._stay(address, time.monotonic() - failing_s):
+                turn += 1
+                if turn % len(choices):
+                    asked = ""
 
-    def _stream(self, address: str) -> None:
+    def _stay(self, address: str, failing_s: float) -> bool:
+        """Whether to ask the same coordinator again: the last leader's agent, if it lives, restarts it."""
+        if address != self._address or failing_s > LEADER_RETRY_S:
+            return False
+        doors = [host.door for host in self._roster.hosts if host.coordinator == address]
+        return not doors or answers(doors[0])
+
+    def _stream(self, address: str) -> bool:
+        """One stream to its end; whether it was one of a coordinator in charge."""
+        welcomed = False
         with grpc.insecure_channel(address, options=_OPTIONS) as channel:
             with self._changed:
                 if self._closed:
-                    return
+                    return False
                 outbox = self._reopen()
                 call = control_pb2_grpc.ControlStub(channel).AgentSession(
                     iter(outbox.get, None), metadata=[(TOKEN_HEADER, self._token)]
@@ -113,9 +216,39 @@ class CoordinatorSession:
                 self._call = call
             try:
                 for order in call:
-                    self._on_order(order)
+                    self._heard_s = time.monotonic()
+                    if not welcomed and order.WhichOneof("body") == "welcome":
+                        welcomed = True
+                        self._welcome(address, order.welcome)
+                    elif order.WhichOneof("body") == "roster":
+                        self._learn(order.roster.json)
+                    elif order.WhichOneof("body") != "beat":
+                        # When the job is done coordinators go, one by one: nobody is to take over.
+                        self._closed = self._closed or order.WhichOneof("body") == "done"
+                        self._hooks.on_order(order)
+            except grpc.RpcError:
+                return welcomed
             finally:
+                self._call = None
                 outbox.put(None)  # ends the thread that feeds this stream
+        return welcomed
+
+    def _welcome(self, address: str, welcome: Any) -> None:
+        with self._changed:
+            moved = address != self._address
+            self._address = address
+            if not welcome.fenced:
+                self._me = replace(self._me, index=welcome.index)
+        if welcome.fenced:
+            self._hooks.on_fenced()
+        elif moved:
+            self._hooks.on_leader(address)
+
+    def _learn(self, text: str) -> None:
+        roster = Roster.decoded(text)
+        with self._changed:
+            if (roster.generation, roster.number) >= (self._roster.generation, self._roster.number):
+                self._roster = roster
 
     def _reopen(self) -> SimpleQueue[Any]:
         """A new outbox that begins with who we are; what was never taken from the old one follows."""
@@ -123,14 +256,31 @@ class CoordinatorSession:
         with contextlib.suppress(Empty):
             while True:
                 unsent.append(self._outbox.get_nowait())
-        unsent = [message for message in unsent if message is not None and message.WhichOneof("body") != "hello"]
+        unsent = [m for m in unsent if m is not None and m.WhichOneof("body") not in ("hello", "beat")]
         # A rank with news tells its story in order (its death, then its replacement); the others are listed.
-        news = {getattr(message, message.WhichOneof("body")).rank for message in unsent}
+        stories = [getattr(message, message.WhichOneof("body")) for message in unsent]
+        news = {story.rank for story in stories if hasattr(story, "rank")}
         ranks = [started for rank, started in sorted(self._live.items()) if rank not in news]
         outbox: SimpleQueue[Any] = SimpleQueue()
-        outbox.put(pb.AgentMessage(hello=pb.AgentHello(host=self._host, ranks=ranks, world_size=self._world_size)))
+        outbox.put(pb.AgentMessage(hello=self._hello(ranks)))
         told = [pb.AgentMessage(exited=exited) for rank, exited in self._finished.items() if rank not in news]
         for message in unsent + told:
             outbox.put(message)
         self._outbox = outbox
         return outbox
+
+    def _hello(self, ranks: Sequence[Any]) -> Any:
+        me = self._me
+        return pb.AgentHello(
+            host=me.name,
+            ranks=ranks,
+            world_size=self._world_size,
+            index=me.index,
+            address=me.address,
+            door=me.door,
+            coordinator=me.coordinator,
+            protector=me.protector,
+            capacity=me.capacity,
+            domain=me.domain,
+            roster=self._roster.encoded() if self._roster.hosts else "",
+        )

@@ -11,10 +11,11 @@ to torch's agent and to the others (supervisor.py).
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from holdfast.proto import env
 
@@ -72,7 +73,8 @@ class Starter:
                 return None
         self._asked.pop(slot.local_rank, None)
         command, logs = program.command, {"stdout": program.stdout, "stderr": program.stderr}
-        return Started(spawn_rank(slot.local_rank, command, environment, **logs), "fresh")
+        handler = spawn_rank(slot.local_rank, command, environment, **logs)
+        return Started(handler, "fresh")
 
     def _may_wait(self, local_rank: int) -> bool:
         now = time.monotonic()
@@ -86,3 +88,14 @@ class Starter:
         """Bring the standbys up to their number."""
         if self._pool is not None and self._pool.warm:
             self._pool.refill()
+
+
+def python_argv(entrypoint: str, arguments: tuple[Any, ...]) -> tuple[tuple[str, ...], bool] | None:
+    """(argv, is_module) if a standby can run it: our interpreter with a script or module."""
+    rest = [str(argument) for argument in arguments]
+    if entrypoint != sys.executable or rest[:1] != ["-u"]:
+        return None
+    rest = rest[1:]
+    is_module = rest[:1] == ["-m"]
+    argv = tuple(rest[1:] if is_module else rest)
+    return (argv, is_module) if argv else None

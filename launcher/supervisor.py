@@ -9,12 +9,13 @@ slots, torch's handler table and its worker ids. Invariants:
 * after `freeze` returns no process is put into a slot any more: shutdown never races a replacement;
 * a lost process is fenced (killed, connection closed, lease page dropped) before its slot is given away;
 * a job none of whose ranks ever said hello is torchrun's alone: nothing here touches its ranks.
+
+Long: every path that puts a process into a slot, or ends one, holds one lock and sees the same tables.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 import traceback
@@ -28,6 +29,7 @@ from holdfast.proto.gen import control_pb2 as pb
 from holdfast.proto.lease import Word
 
 from .detector import Death, Health, Limits, Refuse, Verdict, decide_replacement
+from .guests import guest_program
 from .link import AgentSocket, Welcome
 from .loop import Loop
 from .processes import kill_sessions, reap_orphans, tell
@@ -39,6 +41,7 @@ from .watcher import TICK_S, Page, Slot, State, Watcher, exit_fields
 REFILL_S: Final = 2.0  # standbys are refilled when the rank has committed again, at the latest after this
 HOUSEKEEPING_S: Final = 1.0
 UNKILLABLE_S: Final = 30.0
+GONE_S: Final = 120.0  # a host without ranks waits so long for a coordinator that does not answer
 QUIET_WAIT_NS: Final = 30_000_000_000
 
 
@@ -49,6 +52,7 @@ class View:
     managed: bool
     ended: bool  # nothing left to watch: all finished, or one lost for good
     stop: HoldfastError | None
+    good: bool = False  # every rank of the job has finished, wherever it ran
 
 
 @dataclass(slots=True)
@@ -85,6 +89,7 @@ class Supervisor:
         self._stop: HoldfastError | None = None
         self._watcher = Watcher(limits)
         self._torch = Torch()
+        self._guests: dict[int, Any] = {}  # local rank -> handler, of ranks that torch knows nothing of
         self._corpses: list[Any] = []
         self._sessions: set[int] = set()
         self._refill: Refill | None = None
@@ -96,6 +101,12 @@ class Supervisor:
         self._pool: StandbyPool | None = None
         self._starter = Starter(None)
         self._service_pids: Callable[[], list[int]] = list
+        self._several = False
+        self._done = False
+        self._fence_s = 0.0
+        self._fenced_at = 0.0
+        self.template: Program | None = None  # how a rank of another host is started here
+        self.on_topology: Callable[[str], None] = lambda text: None
         self.attached = False  # whether every rank that torch has started is known here
 
     # ---- main thread --------------------------------------------------------------------------------
@@ -127,11 +138,22 @@ class Supervisor:
                 self._tell_started(slot, "fresh")
             self._frozen, self.attached = False, True
 
+    def several_hosts(self, fence_s: float) -> None:
+        """This is one host of several: it ends with the job, and its ranks end after so long without a coordinator."""
+        self._several, self._fence_s = True, fence_s
+
+    def stand_by(self, template: Program) -> None:
+        """A host without ranks of its own, until it is given some."""
+        with self._lock:
+            self.template = template
+            self._frozen, self.attached = False, True
+            self._begin_watching()
+
     def view(self) -> View:
         """State of the job, consistent while the caller holds `locked()`."""
         states = {slot.state for slot in self._watcher.slots.values()}
-        ended = State.REFUSED in states or states == {State.FINISHED}
-        return View(self._managed, ended, self._stop)
+        ended = State.REFUSED in states or (not self._several and states == {State.FINISHED})
+        return View(self._managed, ended, self._stop, good=self._several and self._done)
 
     def locked(self) -> threading.RLock:
         """The lock under which torch's tables do not change."""
@@ -167,12 +189,15 @@ class Supervisor:
         with self._lock:  # held while torch starts the ranks: a quick one is not refused, it waits
             for slot in self._watcher.slots.values():
                 if (slot.rank, slot.incarnation, slot.state) == (rank, incarnation, State.RUNNING):
-                    if not self._managed:
-                        self._managed = True
-                        self._loop.every(TICK_S, self._tick)
+                    self._begin_watching()
                     slot.hello = True
                     return Welcome(slot.local_rank, {"coordinator": self._starter.coordinator}, slot.page.fd)
         return None
+
+    def _begin_watching(self) -> None:
+        if not self._managed:
+            self._managed = True
+            self._loop.every(TICK_S, self._tick)
 
     def _on_message(self, local_rank: int, message: dict[str, Any]) -> None:
         if "config_error" in message:
@@ -207,6 +232,13 @@ class Supervisor:
             self._serve_waiting()
             if self._refill is not None:
                 self._refill_if_due()
+        silence_s = self._session.silence_s if self._several else 0.0
+        if silence_s > self._fence_s:
+            self._fence(f"no coordinator was heard for {silence_s:.1f} s")
+        if silence_s > GONE_S and not self._done:
+            self._end_job(
+                JobFailed(f"no coordinator was heard for {silence_s:.0f} s: the job has ended, or is out of reach")
+            )
 
     def _lost(self, slot: Slot, verdict: Verdict, now_ns: int) -> None:
         """A slot's process is dead, dying, or about to be killed. The coordinator hears of it first."""
@@ -227,6 +259,9 @@ class Supervisor:
         if isinstance(decision, Refuse):
             slot.state, self._refused_at = State.REFUSED, time.monotonic()
             tell(decision.reason)
+            self._session.failed(decision.reason)
+            if slot.guest:
+                self._end_job(JobFailed(decision.reason))
             return
         slot.state = State.REPLACING
         self._used += 1
@@ -246,14 +281,18 @@ class Supervisor:
     def _install(self, slot: Slot, started: Started) -> None:
         """Give the slot to the new process: in torch's tables, in ours, and in what others are told."""
         handler = started.handler
-        old = self._torch.handlers[slot.local_rank]
-        self._torch.handlers[slot.local_rank] = handler
-        self._torch.workers[slot.local_rank].id = handler.proc.pid
-        for log in (old._stdout, old._stderr):
+        old = self._guests.get(slot.local_rank) if slot.guest else self._torch.handlers[slot.local_rank]
+        if slot.guest:
+            self._guests[slot.local_rank] = handler
+        else:
+            self._torch.handlers[slot.local_rank] = handler
+            self._torch.workers[slot.local_rank].id = handler.proc.pid
+        for log in (old._stdout, old._stderr) if old is not None else ():
             if log is not None:
                 log.close()
         _keep_error_file(self._starter.programs[slot.local_rank].error_file, slot.incarnation)
-        self._corpses.append(old.proc)
+        if old is not None:
+            self._corpses.append(old.proc)
         slot.close()
         fired = slot.page.lease.get(Word.FIRED_MASK)
         slot.page.close()
@@ -301,20 +340,52 @@ class Supervisor:
                 self._end_job(ConfigError(order.stop.reason) if refused else JobFailed(order.stop.reason))
             case "recovered":
                 tell(order.recovered.line)
+            case "adopt":
+                self._adopt(order.adopt.rank, order.adopt.incarnation)
+            case "topology":
+                self.on_topology(order.topology.json)
+            case "done":
+                self._done = True
+
+    def _adopt(self, rank: int, incarnation: int) -> None:
+        """Start a process for a rank of a lost host."""
+        template = self.template or next(iter(self._starter.programs.values()), None)
+        known = next((slot for slot in self._watcher.slots.values() if slot.rank == rank), None)
+        if template is None or (known is not None and known.incarnation >= incarnation):
+            return
+        local_rank = known.local_rank if known is not None else 1 + max(self._watcher.slots, default=-1)
+        slot = Slot.vacant(local_rank, rank, incarnation - 1, time.monotonic_ns())
+        self._starter.programs[local_rank] = guest_program(template, rank, local_rank)
+        self._watcher.slots[local_rank] = slot
+        tell(f"rank {rank} of a lost host goes on here")
+        self._replace(slot)
+
+    def fence(self, reason: str) -> None:
+        """This host was given up, or cannot know: its ranks end (any thread)."""
+        self._loop.post(lambda: self._fence(reason))
+
+    def _fence(self, reason: str) -> None:
+        with self._lock:
+            if self._frozen or not self._watcher.slots:
+                return
+            tell(f"{reason}: the ranks of this host end, it waits to be given others")
+            assert self._link is not None
+            for slot in self._watcher.slots.values():
+                if slot.state is State.RUNNING:
+                    slot.kill()
+                    self._link.drop(slot.local_rank)
+                    self._corpses.append(slot.proc)
+            self.template = self.template or next(iter(self._starter.programs.values()), None)
+            self._watcher.close()
+            self._fenced_at = time.monotonic()
+        self._session.fenced()
 
     def _inject(self, rank: int, kind: str) -> None:
         slot = self._slot_of(rank)
         if slot is None or kind.upper() not in FaultKind.__members__:
             tell(f"fault {kind!r} for rank {rank} not injected: no such rank or kind")
             return
-        slot.ordered = True
-        fault = FaultKind[kind.upper()]
-        if fault in (FaultKind.KILL, FaultKind.STOP):
-            # From outside, as the kernel or an operator would: the detection is then the real one.
-            number = signal.SIGKILL if fault is FaultKind.KILL else signal.SIGSTOP
-            signal.pidfd_send_signal(slot.pidfd, number)
-        else:
-            slot.page.lease.set(Word.FAULT_ORDER, fault + 1)
+        slot.inject(FaultKind[kind.upper()])
 
     def _slot_of(self, rank: int) -> Slot | None:
         slots = self._watcher.slots.values()
@@ -369,7 +440,8 @@ class Supervisor:
         known = [slot.proc.pid for slot in self._watcher.slots.values()] + self._service_pids()
         known += self._pool.pids if self._pool is not None else []
         known += [corpse.pid for corpse in self._corpses]
-        known += [handler.proc.pid for handler in list(self._torch.handlers.values())]
+        handlers = [*self._torch.handlers.values(), *self._guests.values()]
+        known += [handler.proc.pid for handler in handlers]
         reap_orphans(known)
 
 

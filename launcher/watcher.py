@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
+from holdfast.proto.faults import FaultKind
 from holdfast.proto.lease import PAGE_BYTES, LeasePage, Phase, Word
 
 from .detector import Death, Health, Limits, Sample, Verdict, judge
@@ -89,6 +90,7 @@ class Slot:
     proc: subprocess.Popen[bytes] | AdoptedProcess
     incarnation: int
     state: State = State.RUNNING
+    guest: bool = False  # a rank of a host that was lost: torch's agent here knows nothing of it
     hello: bool = False
     done: bool = False
     fired_at_start: int = 0
@@ -97,6 +99,23 @@ class Slot:
     pidfd: int = -1
     stat_fd: int = -1
     marks: Marks = field(default_factory=Marks)
+
+    @staticmethod
+    def vacant(local_rank: int, rank: int, incarnation: int, now_ns: int) -> Slot:
+        """A place for a rank that moves here: its last process, number `incarnation`, died elsewhere."""
+        gone = AdoptedProcess(0)
+        gone.returncode = -signal.SIGKILL
+        page = Page.create(incarnation, now_ns, 0)
+        return Slot(local_rank, rank, page, gone, incarnation, State.REPLACING, guest=True)
+
+    def inject(self, fault: FaultKind) -> None:
+        """Hurt the process on purpose. Kill and stop come from outside, so the detection is the real one."""
+        self.ordered = True
+        if fault in (FaultKind.KILL, FaultKind.STOP):
+            number = signal.SIGKILL if fault is FaultKind.KILL else signal.SIGSTOP
+            signal.pidfd_send_signal(self.pidfd, number)
+        else:
+            self.page.lease.set(Word.FAULT_ORDER, fault + 1)
 
     def open(self, clock_ns: int) -> None:
         """Begin to watch `proc`. Raises ProcessLookupError if it is gone and waited for."""

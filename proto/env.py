@@ -10,3 +10,6 @@ COORDINATOR: Final = "HOLDFAST_COORDINATOR"  # host:port at the time of the spaw
 INCARNATION: Final = "HOLDFAST_INCARNATION"
 FAULTS: Final = "HOLDFAST_FAULTS"  # scripted faults, see proto/faults.py
 RUN_DIR: Final = "HOLDFAST_RUN_DIR"  # where the event record lies
+ADDRESS: Final = "HOLDFAST_ADDRESS"  # where ranks of other hosts reach this host
+HOST: Final = "HOLDFAST_HOST"  # number of the host in the job
+PROTECTOR: Final = "HOLDFAST_PROTECTOR"  # abstract unix socket of the host's protector; unset: none

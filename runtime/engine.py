@@ -29,7 +29,8 @@ from . import rng
 from .config import TrainerConfig
 from .data import Source, make_source
 from .device import choose_device, numerics_identity
-from .gather import HALVES, NO_GRADIENT, Gathered, merge, newest_common
+from .finish import finish
+from .gather import KEPT, NO_GRADIENT, Gathered, Kept, merge
 from .pipeline.exchange import exchange, exchange_ties, plan_exchanges
 from .pipeline.executor import LOSS, Executor, Numerics, Outcome
 from .pipeline.planner import choose_grid, grid_plan
@@ -40,8 +41,6 @@ from .state import ModelState, build_unit, check_layers, equalise_ties, find_tie
 from .undo import Undo
 
 log = logging.getLogger(__name__)
-
-FINISH_TRIES = 3
 
 if TYPE_CHECKING:
     from .comm.group import Group
@@ -70,10 +69,11 @@ class Engine:
         self.rank = identity.rank
         self.step = 0
         self.report: StepReport | None = None
+        self.kept = Kept()
         self._session = session
         self._lease = session.lease
         self.device = choose_device(config.device, identity.local_rank)
-        session.use_backend(self.device.backend("127.0.0.1"))
+        session.use_backend(self.device.backend(identity.address))
         self.injector = session.injector
         layers = check_layers(config.layers)
         stages, replicas = choose_grid(identity.world_size, config.stages, config.replicas)
@@ -106,6 +106,7 @@ class Engine:
         self._names: list[list[str]] = []
         self._first_after_resume = True
         self.snapshots = Snapshots(self, session)
+        self.snapshots.reserve()
 
     # ---- building -----------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class Engine:
         self._executor.attach(group)
         if self._validation is not None:
             self._validation[0].attach(group)
-        mine = {"names": self.state.names(), "gate": self.gate(), "halves": self.snapshots.steps()}
+        mine = {"names": self.state.names(), "gate": self.gate(), "kept": self.snapshots.keeps()}
         self._lease.renew(Phase.WAITING)
         everybody = [json.loads(row) for row in group.allgather_bytes(json.dumps(mine).encode())]
         self._lease.renew(Phase.RECOVERING)
@@ -199,7 +200,8 @@ class Engine:
             told = {rank: row["gate"][key] for rank, row in enumerate(everybody) if row["gate"][key] is not None}
             if len(set(map(str, told.values()))) > 1:
                 raise ConfigError(f"the ranks disagree on the {key} that they resume with: {told}")
-        self.snapshots.resumed(self.step, keep=newest_common([row["halves"] for row in everybody]))
+        self.kept = Kept.of([row["kept"] for row in everybody], self.snapshots.placement)
+        self.snapshots.resumed(self.step, self.kept)
         self._first_after_resume = True
         self._validated = None
 
@@ -251,20 +253,20 @@ class Engine:
         self._lease.renew(Phase.EXCHANGE)
         microbatches = self.plan.microbatches
         width = max(len(names) for names in self._names)
-        vector = torch.full((HALVES + 3 * microbatches + width,), math.nan, dtype=torch.float64)
-        vector[:HALVES] = torch.tensor(self.snapshots.steps())
-        vector[HALVES + 3 * microbatches :] = NO_GRADIENT
+        vector = torch.full((KEPT + 3 * microbatches + width,), math.nan, dtype=torch.float64)
+        vector[:KEPT] = torch.tensor(self.snapshots.keeps(), dtype=torch.float64)
+        vector[KEPT + 3 * microbatches :] = NO_GRADIENT
         for microbatch, (value, count) in outcome.losses.items():
-            vector[HALVES + microbatch] = value.double().cpu() if value.dtype != torch.float64 else value.cpu()
-            vector[HALVES + microbatches + microbatch] = count
-            vector[HALVES + 2 * microbatches + microbatch] = outcome.tokens[microbatch]
+            vector[KEPT + microbatch] = value.double().cpu() if value.dtype != torch.float64 else value.cpu()
+            vector[KEPT + microbatches + microbatch] = count
+            vector[KEPT + 2 * microbatches + microbatch] = outcome.tokens[microbatch]
         present = [(i, g) for i, g in enumerate(gradients.values()) if g is not None]
         if present:
             norms = torch.stack(torch._foreach_norm([g for _, g in present])).double().cpu()
-            vector[torch.tensor([HALVES + 3 * microbatches + i for i, _ in present])] = norms
+            vector[torch.tensor([KEPT + 3 * microbatches + i for i, _ in present])] = norms
         self._lease.renew(Phase.WAITING)
         rows = group.allgather(vector)
-        return Gathered.of(rows, self._names, microbatches, self._tied_names())
+        return Gathered.of(rows, self._names, microbatches, self._tied_names(), self.snapshots.placement)
 
     def _tied_names(self) -> frozenset[str]:
         return frozenset(f"{tie.second_unit}.{tie.second}" for tie in self.ties)
@@ -293,11 +295,13 @@ class Engine:
             self.injector.at("applied", step)
         self.scaler.update(finite)
         self.step = step
-        self.report = StepReport(step, gathered.loss, gathered.tokens, norm, lr, skipped, gathered.kept)
+        first = self._first_after_resume or gathered.kept.protected_under() != self.kept.protected_under()
+        self.kept = gathered.kept
+        self.report = StepReport(step, gathered.loss, gathered.tokens, norm, lr, skipped, self.kept.sealed)
         lease.committed(step, gathered.loss, seconds, gathered.tokens)
-        self._session.committed(step, gathered.loss, first=self._first_after_resume)
+        self._session.committed(step, gathered.loss, self.kept, first=self._first_after_resume, tell=first)
         self._first_after_resume = False
-        self.snapshots.begin(step, keep=gathered.kept)
+        self.snapshots.begin(step, self.kept)
 
     # ---- validation and the end ---------------------------------------------------------------------
 
@@ -330,22 +334,9 @@ class Engine:
         return self._validated[1] if self._validated is not None and self._validated[0] == step else None
 
     def finish(self) -> None:
-        """Wait until every rank holds the last state whole, so that none can lose what another reported. Collective.
-
-        Without a snapshot manager there is nothing to wait for; after FINISH_TRIES that is said and accepted.
-        """
-        if self._session.solo or not self._session.managed:
-            return
-        group = self._need_group()
-        for _ in range(FINISH_TRIES):
-            self._lease.renew(Phase.WAITING)
-            self.snapshots.fence()
-            kept = newest_common([row.tolist() for row in group.allgather(torch.tensor(self.snapshots.steps()))])
-            if kept == self.step or not self._session.identity.snapshots:
-                return
-            if self.step not in self.snapshots.steps():
-                self.snapshots.begin(self.step, keep=kept, must=True)
-        log.warning("the state after the last step %d is not in memory on every rank", self.step)
+        """Wait until every rank holds the last state whole, so that none can lose what another reported. Collective."""
+        if not self._session.solo and self._session.managed:
+            finish(self._need_group(), self.snapshots, self.step, self._lease)
 
     def _need_group(self) -> Group:
         assert self._group is not None, "no generation stands"

@@ -14,17 +14,36 @@ NO_GRADIENT = -1.0
 """Stands for the norm of a gradient that does not exist."""
 
 
-HALVES = 2
-"""A rank's vector opens with the steps that its snapshot halves hold."""
+KEPT = 4
+"""A rank's vector opens with what it keeps: the steps of its two halves; placement and step of its host's parity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What recovery can count on: the same numbers on every rank."""
+
+    sealed: int = int(NO_STEP)
+    """Newest step that every rank holds whole."""
+    protected: int = int(NO_STEP)
+    """Newest step for which every host holds its parity."""
+    placement: int = 0
+    """Number of the placement of that parity; 0: the job has none."""
+
+    def protected_under(self) -> int:
+        """Placement under which something is protected; 0 for none."""
+        return self.placement if self.protected != NO_STEP else 0
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]], placement: int) -> Kept:
+        """From what each rank keeps. Parity counts only once every host keeps it under this placement."""
+        sealed = newest_common([row[:2] for row in rows])
+        ready = placement != 0 and all(row[2] == placement for row in rows)
+        protected = min(row[3] for row in rows) if ready else int(NO_STEP)
+        return Kept(sealed, protected, placement)
 
 
 def newest_common(held: Sequence[Sequence[int]]) -> int:
-    """Newest step that every rank holds; NO_STEP if there is none.
-
-    All ranks overwrite the half that does not hold it, so all begin the same snapshot at the same time. A rank
-    that decided from its own halves alone could fall into step with nobody: two ranks that each skip every
-    second snapshot, in turn, protect nothing.
-    """
+    """Newest step that every rank holds; NO_STEP if there is none."""
     common = set(held[0]).intersection(*held[1:]) - {NO_STEP}
     return max(common, default=NO_STEP)
 
@@ -37,22 +56,23 @@ class Gathered:
     count: float
     tokens: int
     norm: float
-    kept: int
-    """Newest step that every rank holds whole: the half that holds it must not be overwritten."""
+    kept: Kept
 
     @staticmethod
-    def of(rows: list[torch.Tensor], names: list[list[str]], microbatches: int, tied: frozenset[str]) -> Gathered:
+    def of(
+        rows: list[torch.Tensor], names: list[list[str]], microbatches: int, tied: frozenset[str], placement: int
+    ) -> Gathered:
         """Combine one vector per rank. A tied parameter counts once; a replica's norms are the first's."""
-        head = merge([row[HALVES : HALVES + 3 * microbatches] for row in rows])
+        head = merge([row[KEPT : KEPT + 3 * microbatches] for row in rows])
         losses, counts, tokens = (head[i * microbatches : (i + 1) * microbatches] for i in range(3))
         norms: dict[str, float] = {}
         for row, listed in zip(rows, names, strict=True):
-            values = row[HALVES + 3 * microbatches :].tolist()
+            values = row[KEPT + 3 * microbatches :].tolist()
             for name, value in zip(listed, values[: len(listed)], strict=True):
                 if name not in tied:
                     norms.setdefault(name, value)
         squares = [norms[name] ** 2 for name in sorted(norms) if norms[name] != NO_GRADIENT]
-        kept = newest_common([[int(step) for step in row[:HALVES].tolist()] for row in rows])
+        kept = Kept.of([[int(value) for value in row[:KEPT].tolist()] for row in rows], placement)
         return Gathered(
             math.fsum(losses) / math.fsum(counts),
             math.fsum(counts),

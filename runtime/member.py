@@ -17,8 +17,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -53,6 +53,9 @@ class Identity:
     coordinator: str
     faults: str
     snapshots: bool
+    host: int = 0
+    address: str = "127.0.0.1"
+    protector: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Formed:
     fresh: bool
     solo: bool
     sources: dict[int, Source]
+    placement: int = 0
+    """Number of the placement of parity; 0: the job has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,9 @@ class JoinReport:
     peers: tuple[int, ...]
     held: dict[int, list[int]]
     until: int
+    image_bytes: int = 0
+    parity: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+    """(placement, stripe, index) -> steps, of the parity that this host holds."""
 
 
 class AgentLink:
@@ -134,11 +142,10 @@ class AgentLink:
 class Member:
     """See the module's docstring."""
 
-    def __init__(self, identity: Identity, link: AgentLink, lease: Lease, host: str) -> None:
+    def __init__(self, identity: Identity, link: AgentLink, lease: Lease) -> None:
         self._identity = identity
         self._link = link
         self._lease = lease
-        self._host = host
         self._lock = threading.Condition()
         self._address = link.coordinator
         self._outbox: SimpleQueue[Any] = SimpleQueue()
@@ -153,6 +160,8 @@ class Member:
         self._goodbye: Any = None
         self._live_step = -1
         self._refused = ""
+        self._call: Any = None
+        self.interrupt: Callable[[], None] = lambda: None
         for target in (lambda: link.listen(lease, self._moved), self._session):
             threading.Thread(target=target, name="holdfast-member", daemon=True).start()
 
@@ -188,6 +197,11 @@ class Member:
             held=[pb.Held(rank=rank, steps=steps) for rank, steps in sorted(report.held.items())],
             joined_ns=time.monotonic_ns(),
             until=report.until,
+            image_bytes=report.image_bytes,
+            parity=[
+                pb.HeldParity(placement=placement, stripe=stripe, index=index, steps=steps)
+                for (placement, stripe, index), steps in sorted(report.parity.items())
+            ],
         )
         message = pb.RankMessage(generation=generation, join=body)
         with self._lock:
@@ -224,9 +238,18 @@ class Member:
         body = pb.Restored(step=step, restored_ns=time.monotonic_ns(), sources=listed)
         self._outbox.put(pb.RankMessage(generation=generation, restored=body))
 
-    def committed(self, generation: int, step: int, loss: float, *, first: bool) -> None:
-        """A step was committed. Never waits."""
-        body = pb.Committed(step=step, committed_ns=time.monotonic_ns(), loss=loss, first_after_resume=first)
+    def committed(
+        self, generation: int, step: int, loss: float, *, first: bool, protected: tuple[int, int] = (0, -1)
+    ) -> None:
+        """A step was committed; `protected`: placement and newest step that every host has protected. Never waits."""
+        body = pb.Committed(
+            step=step,
+            committed_ns=time.monotonic_ns(),
+            loss=loss,
+            first_after_resume=first,
+            protected_placement=protected[0],
+            protected_step=protected[1],
+        )
         self._outbox.put(pb.RankMessage(generation=generation, committed=body))
 
     def suspect(self, generation: int, what: str) -> None:
@@ -257,8 +280,11 @@ class Member:
 
     def _moved(self, address: str) -> None:
         with self._lock:
+            call = self._call if address != self._address else None
             self._address = address
             self._lock.notify_all()
+        if call is not None:
+            call.cancel()  # whoever was in charge may be cut off: its stream would stay silent for ever
 
     def _session(self) -> None:
         """Keep a stream to the coordinator, whichever process that is now."""
@@ -286,7 +312,7 @@ class Member:
                     rank=identity.rank,
                     incarnation=identity.incarnation,
                     pid=os.getpid(),
-                    host=self._host,
+                    host=identity.host,
                     world_size=identity.world_size,
                     live_step=self._live_step,
                 )
@@ -298,7 +324,9 @@ class Member:
                         outbox.put(message)
                 stale, self._outbox = self._outbox, outbox
             stub = control_pb2_grpc.ControlStub(channel)
-            orders = stub.RankSession(iter(outbox.get, None), metadata=[("holdfast-token", identity.token)])
+            orders = self._call = stub.RankSession(
+                iter(outbox.get, None), metadata=[("holdfast-token", identity.token)]
+            )
             self._keep_unsent(stale, outbox)
             try:
                 for order in orders:
@@ -327,7 +355,8 @@ class Member:
             case "form":
                 form = order.form
                 sources = {int(m.rank): Source(m.rung, int(m.peer)) for m in form.members}
-                formed = Formed(generation, int(form.resume_step), form.fresh, form.solo, sources)
+                step, placement = int(form.resume_step), int(form.placement)
+                formed = Formed(generation, step, form.fresh, form.solo, sources, placement)
                 with self._lock:
                     if generation == self._target:
                         self._formed = formed
@@ -349,5 +378,6 @@ class Member:
             self._target, self._reason = generation, reason
             group = self._group
             self._lock.notify_all()
+        self.interrupt()
         if group is not None and group.generation < generation:
             group.abort(Fenced(generation, reason))

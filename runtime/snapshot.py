@@ -10,7 +10,7 @@ without copy-on-write. State that is replicated over n ranks is copied 1/n by ea
 never reaches training: the snapshot is skipped and counted, and the arenas are offered again to the next
 manager. Invariants:
 
-* the half that holds the newest step which every rank holds is never overwritten;
+* the half that holds the newest step which every rank holds, or the newest with parity, is never overwritten;
 * a half is FILLING before its first byte changes, and COPIED only after its last one is in place.
 """
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from holdfast.ckpt.memory import metadata as blob
 from holdfast.ckpt.memory.arena import ArenaEntry, Table, arena_bytes
 from holdfast.ckpt.memory.client import SmpClient
 from holdfast.ckpt.memory.memfd import MappedHalf
+from holdfast.ckpt.memory.protect.client import PARITY_SLOT
 from holdfast.ckpt.pieces import assign_owners
 from holdfast.proto.errors import (
     ConfigError,
@@ -40,7 +40,11 @@ from holdfast.proto.errors import (
 from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
+from .arenas import DTYPES, arena_entry, as_cpu, tensor_of, whole_sizes
+from .gather import Kept
+from .keep import choose_half, choose_protected_half
 from .member import Formed
+from .redundancy import Redundancy, held_parity
 from .state import Entry
 
 if TYPE_CHECKING:
@@ -49,27 +53,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DTYPES: dict[torch.dtype, str] = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 _TIMEOUT_S = 10.0
 RESTORABLE = ("COPIED", "SEALED")
-
-
-def choose_half(steps: Sequence[int], keep: int) -> int:
-    """The half to overwrite: never the one that holds `keep`, the newest step that every rank holds; else the older."""
-    free = [half for half, step in enumerate(steps) if step == NO_STEP or step != keep]
-    return min(free, key=lambda half: steps[half])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +66,7 @@ class _Copy:
     entries: list[Entry]
     metadata: Any
     mark: Any
+    protected: int
 
 
 class Snapshots:
@@ -92,7 +78,7 @@ class Snapshots:
         self._session = session
         self._slot = identity.rank
         self.every = engine.config.snapshot_every
-        self._enabled = identity.snapshots and bool(identity.smp)
+        self.enabled = identity.snapshots and bool(identity.smp)
         self._client: SmpClient | None = None
         self._halves: dict[int, MappedHalf] = {}
         self._steps: dict[int, int] = {0: NO_STEP, 1: NO_STEP}  # what each half holds whole
@@ -100,41 +86,58 @@ class Snapshots:
         self._idle = threading.Event()
         self._idle.set()
         self._opened: list[tuple[MappedHalf, Table]] = []
+        self._redundancy = Redundancy(identity)
+        session.on_fence(self._redundancy.interrupt)
+        self._image_bytes: int | None = None
         self.skipped = 0
         self._captured()  # what cannot be captured is refused now, not when the first snapshot is due
-        if self._enabled:
-            try:
-                self._connect()
-            except PeerLost as error:
-                log.warning("no snapshot manager yet: %s", error)
+        if self.enabled:
             threading.Thread(target=self._copy_loop, name="holdfast-snapshot", daemon=True).start()
 
     def steps(self) -> list[int]:
         """What each half holds whole, NO_STEP for nothing. Call after fence()."""
         return list(self._steps.values())
 
+    @property
+    def placement(self) -> int:
+        """Number of this generation's placement of parity; 0: none."""
+        return self._redundancy.placement
+
+    def keeps(self) -> list[int]:
+        """What this rank brings to gather.Kept: the steps of its halves, placement and step of its host's parity."""
+        return [*self.steps(), *self._redundancy.protected()]
+
     # ---- every step ---------------------------------------------------------------------------------
 
-    def begin(self, step: int, *, keep: int, must: bool = False) -> None:
-        """Start the copy of the state after `step` over the half that does not hold `keep`. Never waits.
+    def begin(self, step: int, kept: Kept, *, must: bool = False) -> None:
+        """Start the copy of the state after `step` over a half that recovery does not need. Never waits.
 
-        Only every `every`-th step is kept, and what `must` be: the resume step, the last step.
+        Only every `every`-th step is kept, and what `must` be: the resume step, the last step. With parity that
+        lags behind both halves may be needed: then this snapshot is left out.
         """
-        if not self._enabled or (step % self.every and not must):
+        if not self.enabled or (step % self.every and not must):
             return
-        half = choose_half(list(self._steps.values()), keep)
+        half: int | None
+        if kept.placement:
+            half = choose_protected_half(self.steps(), step, sealed=kept.sealed, protected=kept.protected, must=must)
+        else:
+            half = choose_half(self.steps(), kept.sealed)
+        if half is None:
+            self.skipped += 1
+            self._session.lease.snapshot(max(self.steps()), self.skipped)
+            return
         entries, meta = self._captured()
         self._steps[half] = NO_STEP
         self._idle.clear()
         early = {i: e.tensor.clone() for i, e in enumerate(entries) if e.early}
         entries = [Entry(e.name, e.state, early.get(i, e.tensor)) for i, e in enumerate(entries)]
-        self._jobs.put(_Copy(step, half, entries, meta, self._engine.device.mark()))
+        self._jobs.put(_Copy(step, half, entries, meta, self._engine.device.mark(), kept.protected))
 
     def _captured(self) -> tuple[list[Entry], Any]:
         """What this rank keeps of the state as it is now. Raises ConfigError for what it cannot keep."""
         entries = self._owned(self._engine.state.entries())
         meta, extra = blob.encode(self._engine.metadata(), is_tensor=lambda v: isinstance(v, torch.Tensor))
-        entries += [Entry(path, "extra", _as_cpu(tensor)) for path, tensor in extra]
+        entries += [Entry(path, "extra", as_cpu(tensor)) for path, tensor in extra]
         for entry in entries:
             if entry.tensor.dtype not in DTYPES:
                 raise ConfigError(f"cannot capture {entry.name}: its type is {entry.tensor.dtype}")
@@ -143,8 +146,6 @@ class Snapshots:
     def fence(self) -> None:
         """Wait until the copy under way is whole: the optimizer is about to change what it reads."""
         self._idle.wait()
-
-    settle = fence
 
     def _owned(self, entries: list[Entry]) -> list[Entry]:
         """This rank's share of what its replicas hold too."""
@@ -178,16 +179,14 @@ class Snapshots:
 
     def _copy(self, job: _Copy) -> None:
         """Fill a half: FILLING, bytes, COPIED."""
-        arena_entries = [
-            ArenaEntry(e.name, e.state, DTYPES[e.tensor.dtype], tuple(e.tensor.shape), 0, e.tensor.numel())
-            for e in job.entries
-        ]
+        self._redundancy.keep(job.protected)
+        arena_entries = [arena_entry(entry.name, entry.state, entry.tensor) for entry in job.entries]
         mapped = self._arena(job.half, arena_entries, job.metadata)
         half = mapped.half
         digest = bytes.fromhex(self._engine.plan.digest())
         placed = half.begin(job.step, digest, self._session.identity.incarnation, arena_entries, job.metadata)
         targets = [
-            _tensor(half.view(entry), entry.dtype, entry.shape)
+            tensor_of(half.view(entry), entry.dtype, entry.shape)
             for entry, e in zip(placed, job.entries, strict=True)
             if e.tensor.numel()
         ]
@@ -251,7 +250,7 @@ class Snapshots:
 
     def held(self) -> dict[int, list[int]]:
         """Slot -> steps that this host's manager holds whole."""
-        if not self._enabled:
+        if not self.enabled:
             return {}
         try:
             listed = self._need_client().list()
@@ -262,11 +261,51 @@ class Snapshots:
         held: dict[int, list[int]] = {}
         self._steps = dict.fromkeys(self._steps, int(NO_STEP))
         for half in listed:
-            if half.state in RESTORABLE:
+            if half.state in RESTORABLE and half.slot != PARITY_SLOT:
                 held.setdefault(half.slot, []).append(half.step)
                 if half.slot == self._slot:
                     self._steps[half.half] = half.step
         return held
+
+    def held_parity(self) -> dict[tuple[int, int, int], list[int]]:
+        """(placement, stripe, index) -> steps, of the parity that this host holds."""
+        if not self.enabled or not self._session.identity.protector:
+            return {}
+        try:
+            return held_parity(self._need_client())
+        except (PeerLost, SnapshotError) as error:
+            log.warning("no snapshot manager: %s", error)
+            return {}
+
+    def image_bytes(self) -> int:
+        """Bytes of this rank's snapshot that parity is computed over, once the optimizer has its state; 0: none."""
+        if not self.enabled or not self._session.identity.protector:
+            return 0
+        if self._image_bytes is None:
+            self._image_bytes = self._whole()[0]
+        return self._image_bytes
+
+    def _whole(self) -> tuple[int, int]:
+        """Sizes of the image and of the arena of this rank's state, as it will be after the first step."""
+        entries, meta = self._captured()
+        return whole_sizes(entries, self._engine.state.future_entries(), meta)
+
+    def reserve(self) -> None:
+        """Take the memory of both halves now. Raises ConfigError with the numbers if it is not there."""
+        if not self.enabled:
+            return
+        nbytes = self._whole()[1]
+        try:
+            for half in self._steps:
+                if half not in self._halves:
+                    self._halves[half] = self._need_client().arena(self._slot, half, nbytes)
+        except SnapshotError as error:
+            raise ConfigError(
+                f"no room for two snapshots of {nbytes / 1e6:.1f} MB of rank {self._slot}: {error}; run fewer ranks a "
+                "host, or without snapshots (--snapshots off)"
+            ) from None
+        except PeerLost as error:
+            log.warning("no snapshot manager yet: %s", error)
 
     def restore(self, formed: Formed) -> list[tuple[str, int, int]]:
         """Make the engine's state that after formed.resume_step; sources as (rung, bytes, pieces).
@@ -275,7 +314,8 @@ class Snapshots:
         """
         step, engine = formed.resume_step, self._engine
         sources = []
-        rung = formed.sources[self._slot].rung
+        rung: str = formed.sources[self._slot].rung
+        self._redundancy.placement = formed.placement
         if rung == "live":
             if engine.step != step:
                 raise SnapshotIncomplete("the live state is of another step", step=step, live=engine.step)
@@ -283,6 +323,8 @@ class Snapshots:
         elif rung == "peer":
             return []  # state comes over the group; see recovery/peer.py
         else:
+            if rung == "parity":
+                rung = self._rebuild(step)
             tensors: dict[tuple[str, str], torch.Tensor] = {}
             try:
                 meta, size = self._read(step, tensors)
@@ -298,16 +340,32 @@ class Snapshots:
                 for mapped, _ in self._opened:
                     mapped.close()
                 self._opened.clear()
-            sources.append(("snapshot", size, pieces))
+            sources.append((rung, size, pieces))
         return sources
 
-    def resumed(self, step: int, *, keep: int) -> None:
+    def _rebuild(self, step: int) -> str:
+        """Get what this rank's units need into this host's memory, from other hosts; "parity" if any was decoded."""
+        client, rung = self._need_client(), "remote"
+        here = {half.slot for half in client.list() if half.step == step and half.state in RESTORABLE}
+        for peer in self._engine.peers():
+            if peer in here:
+                continue
+            self._session.lease.renew(Phase.WAITING)  # for other hosts; a fence ends it
+            rebuilt = self._redundancy.rebuild(peer, step)
+            log.info("slot %d after step %d rebuilt in %.3f s: %s", peer, step, rebuilt.seconds, rebuilt.source)
+            rung = "parity" if rebuilt.source == "parity" else rung
+            if peer == self._slot:
+                self._steps[rebuilt.half] = step
+        self._session.lease.renew(Phase.RECOVERING)
+        return rung
+
+    def resumed(self, step: int, kept: Kept) -> None:
         """The generation trains on from `step`: forget what is newer, and keep this step if nobody does."""
-        for index, kept in self._steps.items():
-            if kept > step:
+        for index, held in self._steps.items():
+            if held > step:
                 self._steps[index] = NO_STEP  # of a history that is being redone
-        if self._enabled and step not in self._steps.values():
-            self.begin(step, keep=keep, must=True)
+        if self.enabled and step not in self._steps.values():
+            self.begin(step, kept, must=True)
 
     def _read(self, step: int, tensors: dict[tuple[str, str], torch.Tensor]) -> tuple[Any, int]:
         """Fill `tensors` with this rank's units after `step` (views of the arenas); its own metadata, and bytes."""
@@ -330,7 +388,7 @@ class Snapshots:
             self._opened.append((mapped, table))
             extra = []
             for entry in table.entries:
-                tensor = _tensor(half.view(entry), entry.dtype, entry.shape)
+                tensor = tensor_of(half.view(entry), entry.dtype, entry.shape)
                 size += entry.nbytes
                 if entry.state == "extra":
                     extra.append(tensor)
@@ -339,15 +397,3 @@ class Snapshots:
             if peer == self._slot:
                 meta = blob.decode(table.metadata, [tensor.clone() for tensor in extra])
         return meta, size
-
-
-def _tensor(view: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over arena memory (shared, not copied)."""
-    if not view.nbytes:
-        return torch.empty(shape, dtype=_TORCH[dtype])
-    return torch.frombuffer(view, dtype=_TORCH[dtype]).view(shape)
-
-
-def _as_cpu(tensor: Any) -> torch.Tensor:
-    assert isinstance(tensor, torch.Tensor)
-    return tensor.detach().cpu().clone()

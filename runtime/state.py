@@ -10,6 +10,7 @@ state is read and written per parameter, so it can move with its layer.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +167,22 @@ class ModelState:
             found += [Entry(f"{unit}.{name}", "buffer", buffer, early=True) for name, buffer in _persistent(module)]
         return found
 
+    def future_entries(self) -> list[tuple[str, str, torch.Tensor]]:
+        """Tensors that the optimizer will make at its first step, as (name, state, example); none if it cannot be told.
+
+        A step is tried on a copy of one parameter of each shape, with zero gradients.
+        """
+        if self.optimizer is None:
+            return []
+        made: dict[tuple[torch.Size, torch.dtype], dict[str, torch.Tensor]] = {}
+        found = []
+        for key, parameter in self.parameters.items():
+            kind = (parameter.shape, parameter.dtype)
+            if kind not in made:
+                made[kind] = _tried(type(self.optimizer), self.optimizer.defaults, parameter)
+            found += [(f"{key[0]}.{key[1]}", state, tensor) for state, tensor in made[kind].items()]
+        return found
+
     def metadata(self) -> dict[str, Any]:
         """Everything of the state that is not an entry, as capturable values."""
         meta: dict[str, Any] = {"user": {name: value.state_dict() for name, value in self.user.items()}}
@@ -274,6 +291,19 @@ def _make_optimizer(
     if not isinstance(made, torch.optim.Optimizer):
         raise ConfigError(f"the optimizer function must return a torch optimizer, got {type(made).__qualname__}")
     return made
+
+
+def _tried(kind: type[torch.optim.Optimizer], defaults: Mapping[str, Any], like: nn.Parameter) -> dict[str, Any]:
+    """What an optimizer of this kind keeps of a parameter like this one."""
+    copy = nn.Parameter(torch.zeros_like(like))
+    copy.grad = torch.zeros_like(like)
+    try:
+        taken = inspect.signature(kind).parameters
+        optimizer: Any = kind([copy], **{name: value for name, value in defaults.items() if name in taken})
+        optimizer.step()
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return {}
+    return {str(name): value for name, value in optimizer.state[copy].items() if isinstance(value, torch.Tensor)}
 
 
 def _one_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ import itertools
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
 
@@ -47,6 +47,9 @@ class HalfInfo:
     state: str
     """EMPTY, FILLING, COPIED, SEALED or CORRUPT; COPIED and SEALED ones can be opened."""
     nbytes: int
+    fill: int = 0
+    memory: int = field(default=0, compare=False)
+    """Tells memory that was replaced by other memory."""
 
 
 class SmpClient:
@@ -105,6 +108,16 @@ class SmpClient:
     def list(self) -> tuple[HalfInfo, ...]:
         """Every half on the shelf, by slot and half."""
         return tuple(HalfInfo(**row) for row in self._quick("list")["halves"])
+
+    def watch(self, since: int, wait_s: float) -> tuple[int, tuple[HalfInfo, ...]]:
+        """(version, list) as soon as the version is not `since`, or after `wait_s`. Occupies this client."""
+        reply, _ = self._call("watch", wait_s + QUICK_S, since=since, wait_ms=int(wait_s * 1000))
+        return int(reply["version"]), tuple(HalfInfo(**row) for row in reply["halves"])
+
+    def repaired(self, slot: int, half: int, fill: int) -> bool:
+        """Protectors: that CORRUPT half was repaired. True: the manager looked, and it is SEALED again."""
+        reply, _ = self._call("repaired", self._timeout_s, slot=slot, half=half, fill=fill)
+        return bool(reply["sealed"])
 
     def open(self, slot: int, half: int) -> MappedHalf:
         """A private view of a half that is whole. The reader still has to read() and verify() it."""

@@ -128,6 +128,11 @@ class MappedHalf:
         """The descriptor, to be offered to the next manager; -1 once closed."""
         return self._fd
 
+    @property
+    def memory_number(self) -> int:
+        """The same for every descriptor of this memory, and for no other memory while this one is held."""
+        return os.fstat(self._fd).st_ino
+
     def same_memory(self, fd: int) -> bool:
         """Whether `fd` is this very memory."""
         ours, theirs = os.fstat(self._fd), os.fstat(fd)

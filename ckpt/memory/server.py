@@ -2,7 +2,8 @@
 
     agent ─┐ leases                              ┌─ worker thread: prefault, digest
     ranks ─┼─▶ abstract unix socket ─▶ loop ─────┤
-    admin ─┘   JSON, descriptors                 └─ Shelf: (slot, half) ─▶ memfd
+    admin ─┤   JSON, descriptors                 └─ Shelf: (slot, half) ─▶ memfd
+protector ─┘   no lease: it lives by us, not we by it
 
 One thread answers; what takes time runs in the worker and is answered later. Decides nothing about arenas
 (the shelf does) and ends no process (the manager does). Invariants:
@@ -32,13 +33,14 @@ from .digest import Worker
 from .shelf import Shelf
 from .wire import MESSAGE_BYTES_MAX, Inbox, error_value, pack, send_some
 
-ROLES: Final = frozenset({"rank", "standby", "agent", "admin"})
-LEASES: Final = ROLES - {"admin"}
+ROLES: Final = frozenset({"rank", "standby", "agent", "admin", "protector"})
+LEASES: Final = ROLES - {"admin", "protector"}
 HELLO_NS: Final = 5_000_000_000
 """A client says who it is within this time; ours do it in their constructor."""
 CONNECTIONS_MAX: Final = 512
 _OUT_BYTES_MAX: Final = 4 * MESSAGE_BYTES_MAX
 _SLOTS_MAX: Final = 1 << 20
+_WATCH_MS_MAX: Final = 60_000
 _BYTES_MAX: Final = 1 << 50
 _CREDENTIALS: Final = struct.Struct("3i")
 
@@ -83,11 +85,14 @@ class Manager:
         self._connections: set[Connection] = set()
         self._unleased_since_ns: int | None = time.monotonic_ns()
         self._violations = 0
+        self._watchers: list[tuple[Connection, int, int, int]] = []  # connection, request, since, due (ns)
         self.ended = ""
         self._operations: Final[dict[str, Callable[[Connection, dict[str, Any]], None]]] = {
             "arena": self._arena,
             "copied": self._copied,
             "list": self._list,
+            "watch": self._watch,
+            "repaired": self._repaired,
             "open": self._open,
             "corrupt": self._corrupt,
             "adopt": self._adopt,
@@ -119,6 +124,7 @@ class Manager:
                 else:
                     self._worker.collect()
             self._expire(time.monotonic_ns())
+            self._tell_watchers(time.monotonic_ns())
 
     # ---- time -----------------------------------------------------------------------------------------
 
@@ -127,6 +133,7 @@ class Manager:
         dues = [c.since_ns + HELLO_NS for c in self._connections if not c.role]
         if self._unleased_since_ns is not None:
             dues.append(self._unleased_since_ns + self._ttl_ns)
+        dues += [due_ns for _, _, _, due_ns in self._watchers]
         return max(0.0, (min(dues) - now_ns) / 1e9) if dues else None
 
     def _expire(self, now_ns: int) -> None:
@@ -282,7 +289,7 @@ class Manager:
 
     def _arena(self, connection: Connection, message: dict[str, Any]) -> None:
         number, slot, half = _place(message)
-        if connection.role not in ("rank", "standby"):
+        if connection.role not in ("rank", "standby", "protector"):
             raise ProtocolViolation("arenas are for ranks", role=connection.role)
         nbytes = _integer(message, "nbytes", 1, _BYTES_MAX)
         self._shelf.arena(slot, half, nbytes, self._fd_reply(connection, number))
@@ -294,6 +301,27 @@ class Manager:
 
     def _list(self, connection: Connection, message: dict[str, Any]) -> None:
         self._reply(connection, message["id"], halves=self._shelf.listing())
+
+    def _watch(self, connection: Connection, message: dict[str, Any]) -> None:
+        """The list, once it is not the one of version `since` any more, or after `wait_ms`."""
+        since, wait_ms = _integer(message, "since", 0, 1 << 62), _integer(message, "wait_ms", 0, _WATCH_MS_MAX)
+        due_ns = time.monotonic_ns() + wait_ms * 1_000_000
+        self._watchers.append((connection, message["id"], since, due_ns))
+
+    def _tell_watchers(self, now_ns: int) -> None:
+        waiting, self._watchers = self._watchers, []
+        for connection, number, since, due_ns in waiting:
+            if self._shelf.version != since or now_ns >= due_ns:
+                self._reply(connection, number, version=self._shelf.version, halves=self._shelf.listing())
+            elif not connection.closed:
+                self._watchers.append((connection, number, since, due_ns))
+
+    def _repaired(self, connection: Connection, message: dict[str, Any]) -> None:
+        number, slot, half = _place(message)
+        if connection.role != "protector":
+            raise ProtocolViolation("repairs are the protector's", role=connection.role)
+        fill = _integer(message, "fill", 0, 1 << 62)
+        self._shelf.repaired(slot, half, fill, lambda right: self._reply(connection, number, sealed=right))
 
     def _open(self, connection: Connection, message: dict[str, Any]) -> None:
         number, slot, half = _place(message)

@@ -49,6 +49,7 @@ class Counters:
     copied: int = 0
     sealed: int = 0
     corrupt: int = 0
+    repaired: int = 0
     digested_bytes: int = 0
 
 
@@ -59,6 +60,8 @@ class Shelf:
     job: str
     worker: Worker
     counters: Counters = field(default_factory=Counters)
+    version: int = 1
+    """Rises with each change that the manager sees: what watch() waits for."""
     _held: dict[tuple[int, int], _Held] = field(default_factory=dict)
 
     def arena(self, slot: int, half: int, nbytes: int, done: Done) -> None:
@@ -99,6 +102,7 @@ class Shelf:
                 "not copied into this arena", slot=slot, half=half, step=step, found=found, state=state.name
             )
         self.counters.copied += 1
+        self.version += 1
         if state is State.COPIED:
             self._judge(held, lambda: None)
 
@@ -106,9 +110,9 @@ class Shelf:
         """Every half with its state, in order."""
         rows = []
         for (slot, half), held in sorted(self._held.items()):
-            state, step, _ = held.mapped.half.peek()
-            nbytes = held.mapped.nbytes
-            rows.append({"slot": slot, "half": half, "step": step, "state": state.name, "nbytes": nbytes})
+            state, step, fill = held.mapped.half.peek()
+            row = {"slot": slot, "half": half, "step": step, "state": state.name, "nbytes": held.mapped.nbytes}
+            rows.append({**row, "fill": fill, "memory": held.mapped.memory_number})
         return rows
 
     def open(self, slot: int, half: int, done: Done) -> None:
@@ -153,10 +157,29 @@ class Shelf:
             if wrong:
                 self.counters.corrupt += not mine.judged(fill, State.CORRUPT)
                 mine.condemn(fill)
+                self.version += 1
             done(wrong)
             self._close_if_done(held)
 
         self.worker.submit(look, looked, urgent=True)
+
+    def repaired(self, slot: int, half: int, fill: int, done: Callable[[bool], None]) -> None:
+        """The protector says that a CORRUPT half is right again: look, and only then say so to readers."""
+        held = self._need(slot, half)
+        mine = held.mapped.half
+        held.busy += 1
+
+        def looked(result: object) -> None:
+            held.busy -= 1
+            right = result is True and mine.peek()[2] == fill
+            if right:
+                self.counters.repaired += 1
+                self.version += 1
+                mine.pardon(fill)
+            done(right)
+            self._close_if_done(held)
+
+        self.worker.submit(lambda: mine.reexamine(fill), looked, urgent=True)
 
     def adopt(self, slot: int, half: int, fd: int) -> bool:
         """Take memory that a rank still maps; owns `fd` from here on.
@@ -207,6 +230,7 @@ class Shelf:
     def _put(self, slot: int, half: int, mapped: MappedHalf) -> None:
         old = self._held.get((slot, half))
         self._held[slot, half] = _Held(mapped)
+        self.version += 1
         if old is not None:
             old.retired = True
             self._close_if_done(old)
@@ -231,6 +255,7 @@ class Shelf:
                 else:
                     self.counters.corrupt += 1
                     half.condemn(fill)
+                self.version += 1
             then()
             self._close_if_done(held)
 

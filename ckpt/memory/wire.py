@@ -5,7 +5,7 @@
 Both ends use the same Inbox. Tables and tensors never travel here: they lie in the arenas. Blocks or not
 as its socket does. Invariants:
 
-* no frame is longer than 64 KiB, in either direction;
+* no frame is longer than its connection's limit (the manager's: 64 KiB), in either direction;
 * a descriptor that arrives is taken by a message that announces one, or closed with the connection.
 """
 
@@ -36,18 +36,19 @@ _ERRORS: Final = (
 )
 
 
-def pack(message: Mapping[str, Any]) -> bytes:
+def pack(message: Mapping[str, Any], *, limit: int = MESSAGE_BYTES_MAX) -> bytes:
     """One frame."""
     body = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
-    if len(body) > MESSAGE_BYTES_MAX:
-        raise ProtocolViolation("a message that is too long", nbytes=len(body), nbytes_max=MESSAGE_BYTES_MAX)
+    if len(body) > limit:
+        raise ProtocolViolation("a message that is too long", nbytes=len(body), nbytes_max=limit)
     return _LENGTH.pack(len(body)) + body
 
 
 class Inbox:
     """Bytes and descriptors as they arrive; whole messages as they are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, limit: int = MESSAGE_BYTES_MAX) -> None:
+        self._limit = limit
         self._buffer = bytearray()
         self._fds: deque[int] = deque()
 
@@ -68,8 +69,8 @@ class Inbox:
         if len(self._buffer) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._buffer)
-        if length > MESSAGE_BYTES_MAX:
-            raise ProtocolViolation("a message that is too long", nbytes=length, nbytes_max=MESSAGE_BYTES_MAX)
+        if length > self._limit:
+            raise ProtocolViolation("a message that is too long", nbytes=length, nbytes_max=self._limit)
         end = _LENGTH.size + length
         if len(self._buffer) < end:
             return None

@@ -37,13 +37,13 @@ class Hello(_message.Message):
     rank: int
     incarnation: int
     pid: int
-    host: str
+    host: int
     world_size: int
     live_step: int
-    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., world_size: _Optional[int] = ..., live_step: _Optional[int] = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[int] = ..., world_size: _Optional[int] = ..., live_step: _Optional[int] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("plan", "live_step", "held", "peers", "compute", "joined_ns", "until")
+    __slots__ = ("plan", "live_step", "held", "peers", "compute", "joined_ns", "until", "image_bytes", "parity")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     LIVE_STEP_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,8 @@ class Join(_message.Message):
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     JOINED_NS_FIELD_NUMBER: _ClassVar[int]
     UNTIL_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
     plan: str
     live_step: int
     held: _containers.RepeatedCompositeFieldContainer[Held]
@@ -58,7 +60,21 @@ class Join(_message.Message):
     compute: str
     joined_ns: int
     until: int
-    def __init__(self, plan: _Optional[str] = ..., live_step: _Optional[int] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., peers: _Optional[_Iterable[int]] = ..., compute: _Optional[str] = ..., joined_ns: _Optional[int] = ..., until: _Optional[int] = ...) -> None: ...
+    image_bytes: int
+    parity: _containers.RepeatedCompositeFieldContainer[HeldParity]
+    def __init__(self, plan: _Optional[str] = ..., live_step: _Optional[int] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., peers: _Optional[_Iterable[int]] = ..., compute: _Optional[str] = ..., joined_ns: _Optional[int] = ..., until: _Optional[int] = ..., image_bytes: _Optional[int] = ..., parity: _Optional[_Iterable[_Union[HeldParity, _Mapping]]] = ...) -> None: ...
+
+class HeldParity(_message.Message):
+    __slots__ = ("placement", "stripe", "index", "steps")
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    STRIPE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    placement: int
+    stripe: int
+    index: int
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, placement: _Optional[int] = ..., stripe: _Optional[int] = ..., index: _Optional[int] = ..., steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Held(_message.Message):
     __slots__ = ("rank", "steps")
@@ -99,16 +115,20 @@ class Source(_message.Message):
     def __init__(self, rung: _Optional[str] = ..., bytes: _Optional[int] = ..., pieces: _Optional[int] = ...) -> None: ...
 
 class Committed(_message.Message):
-    __slots__ = ("step", "committed_ns", "loss", "first_after_resume")
+    __slots__ = ("step", "committed_ns", "loss", "first_after_resume", "protected_placement", "protected_step")
     STEP_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_NS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     FIRST_AFTER_RESUME_FIELD_NUMBER: _ClassVar[int]
+    PROTECTED_PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    PROTECTED_STEP_FIELD_NUMBER: _ClassVar[int]
     step: int
     committed_ns: int
     loss: float
     first_after_resume: bool
-    def __init__(self, step: _Optional[int] = ..., committed_ns: _Optional[int] = ..., loss: _Optional[float] = ..., first_after_resume: _Optional[bool] = ...) -> None: ...
+    protected_placement: int
+    protected_step: int
+    def __init__(self, step: _Optional[int] = ..., committed_ns: _Optional[int] = ..., loss: _Optional[float] = ..., first_after_resume: _Optional[bool] = ..., protected_placement: _Optional[int] = ..., protected_step: _Optional[int] = ...) -> None: ...
 
 class Suspect(_message.Message):
     __slots__ = ("what",)
@@ -149,16 +169,18 @@ class Fence(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Form(_message.Message):
-    __slots__ = ("members", "resume_step", "fresh", "solo")
+    __slots__ = ("members", "resume_step", "fresh", "solo", "placement")
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     RESUME_STEP_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     SOLO_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[Member]
     resume_step: int
     fresh: bool
     solo: bool
-    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., resume_step: _Optional[int] = ..., fresh: _Optional[bool] = ..., solo: _Optional[bool] = ...) -> None: ...
+    placement: int
+    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., resume_step: _Optional[int] = ..., fresh: _Optional[bool] = ..., solo: _Optional[bool] = ..., placement: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("rank", "incarnation", "host", "rung", "peer")
@@ -169,10 +191,10 @@ class Member(_message.Message):
     PEER_FIELD_NUMBER: _ClassVar[int]
     rank: int
     incarnation: int
-    host: str
+    host: int
     rung: str
     peer: int
-    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., host: _Optional[str] = ..., rung: _Optional[str] = ..., peer: _Optional[int] = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., host: _Optional[int] = ..., rung: _Optional[str] = ..., peer: _Optional[int] = ...) -> None: ...
 
 class StoreAll(_message.Message):
     __slots__ = ("values",)
@@ -196,24 +218,54 @@ class Stop(_message.Message):
     def __init__(self, exit_code: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class AgentMessage(_message.Message):
-    __slots__ = ("hello", "started", "exited")
+    __slots__ = ("hello", "started", "exited", "beat", "failed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     EXITED_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
     hello: AgentHello
     started: RankStarted
     exited: RankExited
-    def __init__(self, hello: _Optional[_Union[AgentHello, _Mapping]] = ..., started: _Optional[_Union[RankStarted, _Mapping]] = ..., exited: _Optional[_Union[RankExited, _Mapping]] = ...) -> None: ...
+    beat: Beat
+    failed: AgentFailed
+    def __init__(self, hello: _Optional[_Union[AgentHello, _Mapping]] = ..., started: _Optional[_Union[RankStarted, _Mapping]] = ..., exited: _Optional[_Union[RankExited, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., failed: _Optional[_Union[AgentFailed, _Mapping]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("host", "ranks", "world_size")
+    __slots__ = ("host", "ranks", "world_size", "index", "address", "door", "coordinator", "protector", "capacity", "domain", "roster")
     HOST_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DOOR_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    PROTECTOR_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     host: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankStarted]
     world_size: int
-    def __init__(self, host: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStarted, _Mapping]]] = ..., world_size: _Optional[int] = ...) -> None: ...
+    index: int
+    address: str
+    door: str
+    coordinator: str
+    protector: str
+    capacity: int
+    domain: str
+    roster: str
+    def __init__(self, host: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStarted, _Mapping]]] = ..., world_size: _Optional[int] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., door: _Optional[str] = ..., coordinator: _Optional[str] = ..., protector: _Optional[str] = ..., capacity: _Optional[int] = ..., domain: _Optional[str] = ..., roster: _Optional[str] = ...) -> None: ...
+
+class Beat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AgentFailed(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class RankStarted(_message.Message):
     __slots__ = ("rank", "incarnation", "pid", "source", "started_ns")
@@ -250,16 +302,60 @@ class RankExited(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., reason: _Optional[str] = ..., detected_ns: _Optional[int] = ..., last_progress_ns: _Optional[int] = ..., step: _Optional[int] = ..., finished: _Optional[bool] = ..., phase: _Optional[str] = ...) -> None: ...
 
 class AgentOrder(_message.Message):
-    __slots__ = ("kill", "inject", "stop", "recovered")
+    __slots__ = ("kill", "inject", "stop", "recovered", "welcome", "roster", "adopt", "beat", "done", "topology")
     KILL_FIELD_NUMBER: _ClassVar[int]
     INJECT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     kill: KillRank
     inject: InjectOrder
     stop: StopJob
     recovered: Recovered
-    def __init__(self, kill: _Optional[_Union[KillRank, _Mapping]] = ..., inject: _Optional[_Union[InjectOrder, _Mapping]] = ..., stop: _Optional[_Union[StopJob, _Mapping]] = ..., recovered: _Optional[_Union[Recovered, _Mapping]] = ...) -> None: ...
+    welcome: AgentWelcome
+    roster: Roster
+    adopt: Adopt
+    beat: Beat
+    done: JobDone
+    topology: Topology
+    def __init__(self, kill: _Optional[_Union[KillRank, _Mapping]] = ..., inject: _Optional[_Union[InjectOrder, _Mapping]] = ..., stop: _Optional[_Union[StopJob, _Mapping]] = ..., recovered: _Optional[_Union[Recovered, _Mapping]] = ..., welcome: _Optional[_Union[AgentWelcome, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., done: _Optional[_Union[JobDone, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ...) -> None: ...
+
+class AgentWelcome(_message.Message):
+    __slots__ = ("index", "fenced")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    FENCED_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    fenced: bool
+    def __init__(self, index: _Optional[int] = ..., fenced: _Optional[bool] = ...) -> None: ...
+
+class Roster(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class Adopt(_message.Message):
+    __slots__ = ("rank", "incarnation")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    incarnation: int
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class JobDone(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Topology(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
 
 class KillRank(_message.Message):
     __slots__ = ("rank", "incarnation", "reason")

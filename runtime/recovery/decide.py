@@ -1,12 +1,14 @@
 """Which step a generation resumes from, decided as a pure function over what its members report.
 
-    reports: live step, steps held by each host's snapshot manager ──▶ decide_resume ──▶ Resume | Impossible
+    reports: live step, steps held by each host's snapshot manager;
+    reachable: what parity gives                                ──▶ decide_resume ──▶ Resume | Impossible
 
 Presumed commit: step s counts when every piece of the state after s exists somewhere, so s can be resumed
 from when for each *replica set* (ranks that host the same units)
 
     some member is live at s     (the others copy it, or their own snapshot), or
-    every owner's snapshot of s is whole: state replicated over n ranks is snapshotted 1/n by each.
+    every owner's snapshot of s is whole on some host (state replicated over n ranks is snapshotted 1/n by each),
+    or can be rebuilt there from the parity that other hosts hold.
 
 The newest such step wins: nobody redoes more than needed, and a step that some rank already applied is
 either kept by all or redone by all. Nothing here reads a clock or a socket. Invariants:
@@ -36,12 +38,13 @@ class Report:
     """Slot -> steps wholly copied there, of the snapshot manager of this rank's host."""
 
 
-Rung = Literal["live", "snapshot", "peer"]
+Rung = Literal["live", "peer", "snapshot", "parity"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a rank gets its state: its own memory, the snapshot managers, or the memory of rank `peer`."""
+    """Where a rank gets its state: its own memory, its host's snapshot manager, the memory of rank `peer`, or what
+    its host rebuilds from snapshots and parity on other hosts ("parity")."""
 
     rung: Rung
     peer: int = -1
@@ -64,18 +67,22 @@ class Impossible:
     missing: tuple[int, ...]
 
 
-def held_everywhere(reports: Sequence[Report]) -> dict[int, frozenset[int]]:
-    """Slot -> steps held by any host."""
-    held: dict[int, frozenset[int]] = {}
+Reachable = Mapping[int, frozenset[int]]
+"""Slot -> steps that can be had from other hosts: held there, or decodable from what is held there."""
+
+
+def held_everywhere(reports: Sequence[Report], reachable: Reachable) -> dict[int, frozenset[int]]:
+    """Slot -> steps that any host holds or can rebuild."""
+    held = dict(reachable)
     for report in reports:
         for slot, steps in report.held.items():
             held[slot] = held.get(slot, frozenset()) | steps
     return held
 
 
-def ranks_without_source(reports: Sequence[Report], step: int) -> tuple[int, ...]:
+def ranks_without_source(reports: Sequence[Report], step: int, reachable: Reachable) -> tuple[int, ...]:
     """Ranks that could not get the state after `step` from anywhere."""
-    held = held_everywhere(reports)
+    held = held_everywhere(reports, reachable)
     live = {report.rank for report in reports if report.live_step == step}
     return tuple(
         sorted(
@@ -87,33 +94,36 @@ def ranks_without_source(reports: Sequence[Report], step: int) -> tuple[int, ...
 
 
 def choose_sources(reports: Sequence[Report], step: int) -> dict[int, Source]:
-    """Cheapest source of the state after `step` for each rank: own memory, snapshot, a live replica.
+    """Cheapest source of the state after `step` for each rank that has one: own memory, a snapshot on its own
+    host, a live replica, a rebuild from other hosts.
 
-    A snapshot costs one copy within a host, a replica's memory a transfer; replicas are taken in turn, so
-    that several losers of one stage do not all load the same survivor.
+    A snapshot costs one copy within a host, a replica's memory a transfer, a rebuild k transfers; replicas are
+    taken in turn, so that several losers of one stage do not all load the same survivor.
     """
-    held = held_everywhere(reports)
     live = {report.rank for report in reports if report.live_step == step}
     sources: dict[int, Source] = {}
     for turn, report in enumerate(sorted(reports, key=lambda report: report.rank)):
         peers = sorted(live & set(report.peers))
         if report.rank in live:
             sources[report.rank] = Source("live")
-        elif all(step in held.get(peer, frozenset()) for peer in report.peers):
+        elif all(step in report.held.get(peer, frozenset()) for peer in report.peers):
             sources[report.rank] = Source("snapshot")
-        else:
+        elif peers:
             sources[report.rank] = Source("peer", peers[turn % len(peers)])
+        else:
+            sources[report.rank] = Source("parity")
     return sources
 
 
-def decide_resume(reports: Sequence[Report]) -> Resume | Impossible:
+def decide_resume(reports: Sequence[Report], reachable: Reachable | None = None) -> Resume | Impossible:
     """Newest step that every rank can reach exactly, or why there is none."""
+    reachable = reachable or {}
     steps = {report.live_step for report in reports} - {NO_STEP}
-    steps |= {step for kept in held_everywhere(reports).values() for step in kept}
+    steps |= {step for kept in held_everywhere(reports, reachable).values() for step in kept}
     if not steps:
         return Resume(0, fresh=True)
     for step in sorted(steps, reverse=True):
-        if not ranks_without_source(reports, step):
+        if not ranks_without_source(reports, step, reachable):
             return Resume(step, sources=choose_sources(reports, step))
     newest = max(steps)
-    return Impossible(newest, ranks_without_source(reports, newest))
+    return Impossible(newest, ranks_without_source(reports, newest, reachable))

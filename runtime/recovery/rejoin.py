@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from holdfast.proto import env
@@ -29,6 +29,7 @@ from .peer import transfer_state
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..gather import Kept
 
 REAP_DEADLINE_S = 2.0
 """At the end of a job: destructors of healthy groups take milliseconds, those of stuck ones are not waited for."""
@@ -58,6 +59,9 @@ def identity_from_environment() -> Identity:
         coordinator=get(env.COORDINATOR, ""),
         faults=get(env.FAULTS, ""),
         snapshots=get("HOLDFAST_SNAPSHOTS", "on") != "off",
+        host=int(get(env.HOST, "0")),
+        address=get(env.ADDRESS, "127.0.0.1"),
+        protector=get(env.PROTECTOR, ""),
     )
 
 
@@ -91,7 +95,7 @@ class Session:
         link = AgentLink(identity)
         injector = Injector(identity.rank, faults, link.page)
         lease = Lease(link.page, injector.ordered)
-        member = Member(identity, link, lease, host=socket.gethostname())
+        member = Member(identity, link, lease)
         return Session(identity, member, lease, injector)
 
     def check_faults(self) -> None:
@@ -100,6 +104,11 @@ class Session:
         for fault in self.injector.faults:
             if not 0 <= fault.rank < ranks:
                 raise ConfigError(f"fault {str(fault)!r} is for rank {fault.rank}, the job has {ranks} ranks")
+
+    def on_fence(self, call: Callable[[], None]) -> None:
+        """`call` ends whatever the main thread waits for outside of the group (called by another thread)."""
+        if self._member is not None:
+            self._member.interrupt = call
 
     @property
     def managed(self) -> bool:
@@ -111,10 +120,11 @@ class Session:
         if self._member is not None:
             self._member.check()
 
-    def committed(self, step: int, loss: float, *, first: bool) -> None:
-        """Tell the coordinator, without waiting: the first commit of a generation, and rank 0's now and then."""
-        if self._member is not None and (first or (self.identity.rank == 0 and step % 8 == 0)):
-            self._member.committed(self.generation, step, loss, first=first)
+    def committed(self, step: int, loss: float, kept: Kept, *, first: bool, tell: bool = False) -> None:
+        """Tell the coordinator, without waiting: the first commit of a generation, rank 0's news, now and then."""
+        if self._member is not None and (first or (self.identity.rank == 0 and (tell or step % 8 == 0))):
+            protected = (kept.protected_under(), kept.protected)
+            self._member.committed(self.generation, step, loss, first=first, protected=protected)
 
     def goodbye(self, step: int) -> None:
         """The last step is kept everywhere; this rank takes part no more."""
@@ -159,7 +169,7 @@ class Session:
             self._group = None
         self.injector.at("join", engine.step)
         self.lease.renew(Phase.WAITING)
-        engine.snapshots.settle()
+        engine.snapshots.fence()
         generation = member.await_fence(self.generation)
         # Whatever comes of this attempt, only a newer generation can follow it.
         self.generation, self.reason = generation, member.reason
@@ -170,6 +180,8 @@ class Session:
             peers=engine.peers(),
             held=engine.snapshots.held(),
             until=until,
+            image_bytes=engine.snapshots.image_bytes(),
+            parity=engine.snapshots.held_parity(),
         )
         formed = member.join(generation, report)
         self.lease.renew(Phase.RECOVERING)

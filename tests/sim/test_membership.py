@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from holdfast.launcher.actions import Fence, Form, StopJob
-from holdfast.launcher.membership import Joined, Membership, State
+from holdfast.launcher.membership import Membership, State
+from holdfast.launcher.slots import Joined
 from holdfast.proto.ids import NO_STEP
 from holdfast.runtime.gather import newest_common
+from holdfast.runtime.keep import choose_half
 from holdfast.runtime.recovery.decide import Report
-from holdfast.runtime.snapshot import choose_half
 
 MS = 1_000_000
 UNTIL = 12
@@ -106,10 +107,10 @@ class World:
 
         def hello() -> None:
             if process.alive:
-                args = (rank, process.incarnation, 1, "h", 0, NO_STEP)
+                args = (rank, process.incarnation, 1, 0, 0, NO_STEP)
                 self.tell(self.coordinator.on_rank_hello(self.now_ns, *args))
 
-        self.tell(self.coordinator.on_rank_started(self.now_ns, rank, process.incarnation, 1, "h", "fresh"))
+        self.tell(self.coordinator.on_rank_started(self.now_ns, rank, process.incarnation, 1, 0, "fresh"))
         self.soon(hello, 40.0)
 
     def kill(self) -> None:

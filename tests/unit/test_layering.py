@@ -29,6 +29,9 @@ EVERYTHING: Final = frozenset({"Exception", "BaseException"})
 PURE: Final = (
     *sorted(f"holdfast.proto.{path.stem}" for path in (ROOT / "proto").glob("[!_]*.py")),
     "holdfast.ckpt.pieces",
+    "holdfast.ckpt.memory.placement",
+    "holdfast.ckpt.memory.redundancy",
+    "holdfast.ckpt.memory.stripes",
     "holdfast.runtime.pipeline.planner",
     "holdfast.runtime.pipeline.schedule",
     "holdfast.runtime.recovery.decide",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from holdfast.launcher.actions import Action, Announce, Fence, Form, Record, StopJob
-from holdfast.launcher.coordinator import last_generation
-from holdfast.launcher.membership import Joined, Membership, State
+from holdfast.launcher.eventlog import last_generation
+from holdfast.launcher.membership import Membership, State
+from holdfast.launcher.slots import Joined
 from holdfast.runtime.recovery.decide import Report
 
 HELD = {0: frozenset({4, 5}), 1: frozenset({4, 5})}

@@ -1,0 +1,103 @@
+"""Every call that changes the disk, in one place; and errors of the file system as one clear line.
+
+    writer ──▶ Disk ──▶ the system            a test hands in a Disk that fails, or dies, at the n-th call
+
+Invariants:
+
+* pwrite() writes all of it or raises;
+* after fsync_directory() of a folder a rename in it survives a loss of power;
+* nothing here decides what a checkpoint is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def explained(path: Path | str, doing: str) -> Iterator[None]:
+    """OSError inside becomes StorageError: what was done to which file, and what would help."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            free = _free_bytes(Path(path))
+            raise StorageError(f"no space left while {doing}", file=str(path), free_bytes=free) from error
+        raise StorageError(f"{error.strerror or error} while {doing}", file=str(path)) from error
+
+
+def _free_bytes(path: Path) -> int:
+    for folder in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+class Disk:
+    """The calls that change something. Raises OSError; callers wrap a whole operation in explained()."""
+
+    def open(self, path: Path, *, create: bool = True) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+        return os.open(path, flags, 0o666)
+
+    def allocate(self, fd: int, nbytes: int) -> None:
+        """Give the file its size, with its blocks where the file system can: a full disk is found here."""
+        if nbytes:
+            try:
+                os.posix_fallocate(fd, 0, nbytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        os.ftruncate(fd, nbytes)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> None:
+        while data.nbytes:
+            done = os.pwrite(fd, data, offset)
+            data, offset = data[done:], offset + done
+
+    def append(self, fd: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view.nbytes:
+            view = view[os.write(fd, view) :]
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def fsync_directory(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def mkdir(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        shutil.rmtree(path)
+
+    def write_file(self, path: Path, data: bytes, *, sync: bool = True) -> None:
+        """A whole file at once, durable on return."""
+        fd = self.open(path)
+        try:
+            os.ftruncate(fd, 0)
+            self.pwrite(fd, memoryview(data), 0)
+            if sync:
+                self.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,328 @@
+"""The job over all its hosts: membership, plus hosts that are lost, and the parity that makes up for them. Pure.
+
+    Membership (ranks, generations)  +  HostBook (leases, doors)  +  placements (who keeps whose parity)
+
+    a host is lost ──▶ quorum? ──▶ no:  StepDown, its side of the network stops by itself
+                               └─▶ yes: its ranks get other hosts (Adopt), next generation,
+                                        new placement with the Form: redundancy is rebuilt while training goes on
+
+Everything that another coordinator would need to go on is in the roster, which every agent is told whenever it
+changes. Not here: sockets and clocks (coordinator.py), which step to resume from (runtime/recovery/decide.py).
+Invariants:
+
+* ranks are given away only with a quorum, and only from a host that is proven dead or whose lease has run out;
+* a placement is never changed, only followed by one with a higher number; old ones stay known until their parity
+  is no longer needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from holdfast.ckpt.memory.placement import decodable, place, survivable
+from holdfast.ckpt.memory.redundancy import NONE, SHARDS_MAX, HostInfo, Placement, Redundancy, SlotInfo
+from holdfast.runtime.recovery.decide import Impossible, Resume, decide_resume
+
+from .actions import Action, Adopt, Announce, Probe, Record, StepDown, StopJob, Tell, Welcome
+from .hosts import Host, HostBook, Roster, assign, has_quorum
+from .membership import Membership
+from .slots import Joined
+
+PLACEMENTS_KEPT: Final = 4
+
+
+def fitting(text: str, hosts: int) -> Redundancy:
+    """What was asked for, as far as so many hosts can give it: after losses less is better than nothing."""
+    if text.startswith("rs:"):
+        return Redundancy.parse(text, SHARDS_MAX).fitted(hosts)
+    return Redundancy.parse(text, hosts) if hosts > 1 else NONE
+
+
+class Job(Membership):
+    """See the module's docstring. One instance per coordinator, on one event loop."""
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        generation: int = 0,
+        members: Mapping[int, int] | None = None,
+        lease_ns: int = 6_000_000_000,
+        redundancy: str = "auto",
+        spread: bool = True,
+        wait_ns: int = 600_000_000_000,
+    ) -> None:
+        """`spread`: ranks of a lost host go to the others if no host has room; else a host is waited for, `wait_ns`."""
+        super().__init__(world_size, generation=generation, members=members)
+        self.book = HostBook(lease_ns)
+        self._redundancy = redundancy
+        self._spread = spread
+        self._wait_ns = wait_ns
+        self._waiting: dict[int, int] = {}  # rank without a host -> until when one is waited for
+        self._voters: dict[int, int] = {}
+        self._number = 0
+        self._placements: list[Placement] = []
+        self._current: Placement | None = None
+        self._protected: tuple[int, int] = (-1, -1)  # placement, step
+        self._warned = ""
+
+    @staticmethod
+    def from_roster(world_size: int, roster: Roster, now_ns: int, **options: object) -> Job:
+        """A job that another coordinator led until now; hosts that say nothing are lost when their lease ends."""
+        members = {rank: incarnation for rank, (incarnation, _) in roster.members.items()}
+        job = Job(world_size, generation=roster.generation, members=members, **options)  # type: ignore[arg-type]
+        for host in roster.hosts:
+            host.connected, host.heard_ns, host.asked_ns = False, now_ns, 0
+            job.book.all[host.index] = host
+        for rank, incarnation in roster.incarnations.items():
+            job.slots[rank].incarnation = incarnation
+        for rank, (_, index) in roster.members.items():
+            job.slots[rank].host = index
+        job._voters = {rank: index for rank, (_, index) in roster.members.items()}
+        job._number, job.step = roster.number, roster.step
+        job._placements = [Placement.from_json(text) for text in roster.placements]
+        job._current = job._placements[-1] if job._placements else None
+        job.placement = job._current.number if job._current is not None else 0
+        return job
+
+    # ---- agents -------------------------------------------------------------------------------------
+
+    def on_agent_hello(self, now_ns: int, told: Host, ranks: Iterable[tuple[int, int, int]]) -> list[Action]:
+        """An agent (re)connected and says which process holds each of its ranks: (rank, incarnation, pid)."""
+        index = told.index
+        known = self.book.hello(now_ns, told)
+        if known is None:
+            return [Welcome(index, fenced=True)]
+        actions: list[Action] = [Welcome(known.index)]
+        if index != known.index or known.index not in self._voters.values():
+            actions.append(Record({"event": "host_joined", "host": known.index, "name": known.name}))
+        actions += self.on_host_ranks(now_ns, known.index, ranks)
+        return [*actions, *self._place_waiting(now_ns), self.tell()]
+
+    def on_agent_beat(self, now_ns: int, index: int) -> list[Action]:
+        """Its agent lives."""
+        self.book.beat(now_ns, index)
+        return []
+
+    def on_agent_gone(self, now_ns: int, index: int) -> list[Action]:
+        """An agent's stream ended; its door says whether it lives."""
+        host = self.book.all.get(index)
+        if host is None or host.lost:
+            return []
+        host.connected = False
+        return self._ask(now_ns)
+
+    def on_probe(self, now_ns: int, index: int, *, refused: bool) -> list[Action]:
+        """Its door was tried. Only a refusal is proof; an agent that lives connects again."""
+        host = self.book.all.get(index)
+        if host is None or host.lost or host.connected or not refused:
+            return []
+        return self._host_lost(now_ns, host, "its agent is gone", proven=True)
+
+    def on_agent_failed(self, index: int, reason: str) -> list[Action]:
+        """A host cannot go on, and the job with it."""
+        name = self.book.all[index].name if index in self.book.all else str(index)
+        return [StopJob(1, f"host {name}: {reason}", but=index)]
+
+    def on_tick(self, now_ns: int) -> list[Action]:
+        """Time passed."""
+        actions = super().on_tick(now_ns)
+        if len(self.book.live()) < 2:
+            return actions
+        for host in self.book.expired(now_ns):
+            silent_s = (now_ns - host.heard_ns) / 1e9
+            actions += self._host_lost(now_ns, host, f"silent for {silent_s:.1f} s", proven=False)
+        actions += self._ask(now_ns)
+        late = sorted(rank for rank, until in self._waiting.items() if now_ns > until)
+        if late:
+            actions.append(StopJob(1, f"no host came for the ranks {', '.join(map(str, late))} of lost hosts"))
+        return actions
+
+    def next_tick_ns(self) -> int | None:
+        """When on_tick wants to be called, if at all."""
+        dues = [super().next_tick_ns(), *self._waiting.values()]
+        if len(self.book.live()) > 1:
+            dues.append(self.book.next_tick_ns())
+        return min((due for due in dues if due is not None), default=None)
+
+    # ---- hosts that are lost --------------------------------------------------------------------------
+
+    def _ask(self, now_ns: int) -> list[Action]:
+        if len(self.book.live()) < 2:
+            return []
+        return [Probe(host.index, host.door) for host in self.book.to_ask(now_ns)]
+
+    def _host_lost(self, now_ns: int, host: Host, reason: str, *, proven: bool) -> list[Action]:
+        heard = self.book.heard(now_ns)
+        if not has_quorum(self._voters, heard, self.book.dead() | ({host.index} if proven else set())):
+            return [StepDown(f"host {host.name} is lost ({reason}) and too few others are heard to go on")]
+        host.lost, host.proven, host.connected = reason, proven, False
+        if all(slot.ended for slot in self.slots.values()):
+            return []  # the job is done, and its hosts leave
+        ranks = [r for r, slot in self.slots.items() if slot.host == host.index and not slot.ended]
+        cause: dict[str, object] = {"rank": ranks[0] if ranks else None, "host": host.index, "ranks": ranks}
+        cause |= {"reason": f"host {host.name} lost: {reason}"}
+        cause |= {"detected_ns": now_ns, "last_progress_ns": host.heard_ns}
+        actions: list[Action] = [Record({"event": "host_lost", **cause})]
+        unfinished = [rank for rank in ranks if not self.slots[rank].finished]
+        for rank in ranks:
+            slot = self.slots[rank]
+            slot.alive = slot.connected = False
+            slot.incarnation += 1
+            self._waiting[rank] = now_ns + self._wait_ns
+        actions += self._place_waiting(now_ns)
+        if unfinished:
+            actions += self._begin(now_ns, f"host {host.name} lost: {reason}", cause=cause)
+        return [*actions, self.tell()]
+
+    def _place_waiting(self, now_ns: int) -> list[Action]:
+        """Give ranks without a host to one, if there is one for them."""
+        if not self._waiting:
+            return []
+        holders = {rank: slot.host for rank, slot in self.slots.items() if rank not in self._waiting}
+        able = {i: host for i, host in self.book.live().items() if host.connected}
+        actions: list[Action] = []
+        for rank, index in assign(list(self._waiting), holders, able, spread=self._spread).items():
+            del self._waiting[rank]
+            slot = self.slots[rank]
+            slot.host = index
+            actions.append(Adopt(index, rank, slot.incarnation))
+            moved = {"rank": rank, "incarnation": slot.incarnation, "host": index}
+            actions.append(Record({"event": "rank_moved", **moved}))
+        return actions
+
+    # ---- generations ----------------------------------------------------------------------------------
+
+    def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
+        return decide_resume([joins[rank].report for rank in sorted(joins)], self._reachable(joins))
+
+    def _reachable(self, joins: Mapping[int, Joined]) -> dict[int, frozenset[int]]:
+        """Slot -> steps that hosts hold, or can decode from what they hold."""
+        data: dict[int, frozenset[int]] = {}
+        parity: dict[int, dict[tuple[int, int], frozenset[int]]] = {}
+        for joined in joins.values():
+            for slot, steps in joined.report.held.items():
+                data[slot] = data.get(slot, frozenset()) | steps
+            for (number, stripe, index), steps in joined.parity.items():
+                held = parity.setdefault(number, {})
+                held[stripe, index] = held.get((stripe, index), frozenset()) | steps
+        found = dict(data)
+        for placement in self._placements:
+            for slot, steps in decodable(placement, data, parity.get(placement.number, {})).items():
+                found[slot] = found.get(slot, frozenset()) | steps
+        return found
+
+    def _why_lost(self, decision: Impossible) -> str:
+        if self._current is None:
+            return super()._why_lost(decision)
+        lost = [host for host in self.book.all.values() if host.lost]
+        ranks = ", ".join(map(str, decision.missing))
+        return (
+            f"the state of rank {ranks} after step {decision.newest} is lost: {len(lost)} hosts were lost "
+            f"({', '.join(host.name for host in lost)}) and redundancy rs:{self._current.k}+{self._current.m} makes up "
+            f"for {self._current.m} at a time; no live copy, no snapshot, too few shards"
+        )
+
+    def _before_form(self, joins: Mapping[int, Joined]) -> list[Action]:
+        self._voters = {rank: self.slots[rank].host for rank in joins}
+        images = {rank: joined.image_bytes for rank, joined in joins.items()}
+        actions: list[Action] = []
+        if len(joins) == self.world_size:
+            actions += self._protect(images, {rank: joined.report.peers for rank, joined in joins.items()})
+        return [*actions, self.tell()]
+
+    def _protect(self, images: Mapping[int, int], peers: Mapping[int, tuple[int, ...]]) -> list[Action]:
+        """A new placement, if hosts or sizes are not those of the current one."""
+        indices = sorted({self.slots[rank].host for rank in images})
+        redundancy = fitting(self._redundancy, len(indices))
+        if redundancy.m == 0 or not all(images.values()):
+            self._current, self.placement = None, 0
+            return []
+        slots = tuple(
+            SlotInfo(rank, self.slots[rank].host, size, min(peers[rank]) if len(peers[rank]) > 1 else -1)
+            for rank, size in sorted(images.items())
+        )
+        hosts = tuple(HostInfo(index, self.book.all[index].domain or f"host-{index}") for index in indices)
+        old = self._current
+        if old is not None and (old.slots, old.hosts) == (slots, hosts):
+            return []
+        placement = place(slots, hosts, redundancy, self.generation)
+        self._current, self.placement = placement, placement.number
+        self._placements = [*self._placements, placement][-PLACEMENTS_KEPT:]
+        event = {"placement": placement.number, "k": placement.k, "m": placement.m, "stripes": len(placement.stripes)}
+        actions: list[Action] = [Record({"event": "placement", **event, "warnings": list(placement.warnings)})]
+        warning = "; ".join(placement.warnings)
+        if warning and warning != self._warned:
+            actions.append(Announce(f"warning: {warning}"))
+            self._warned = warning
+        return actions
+
+    def on_protected(self, placement: int, step: int) -> list[Action]:
+        """A rank says which step every host has protected, under which placement."""
+        if self._current is None or placement != self._current.number or step <= self._protected[1]:
+            return []
+        first = self._protected[0] != placement
+        self._protected = (placement, step)
+        tolerance = {"losses_tolerated": self._current.m}
+        return [Record({"event": "protected", "placement": placement, "step": step, **tolerance})] if first else []
+
+    # ---- what others are told ---------------------------------------------------------------------------
+
+    def tell(self) -> Tell:
+        """The newest roster, and each host's topology."""
+        self._number += 1
+        roster = Roster(
+            number=self._number,
+            generation=self.generation,
+            step=self.step,
+            members={r: (self.slots[r].incarnation, host) for r, host in self._voters.items()},
+            incarnations={rank: slot.incarnation for rank, slot in self.slots.items()},
+            hosts=tuple(self.book.all.values()),
+            placements=tuple(placement.to_json() for placement in self._placements),
+        )
+        addresses = {str(i): host.protector for i, host in self.book.live().items() if host.protector}
+        placement = self._current.to_json() if self._current is not None else None
+        common = {"number": self._number, "hosts": addresses, "placement": placement}
+        topology = {index: json.dumps({**common, "me": index}) for index in self.book.live()}
+        return Tell(roster.encoded(), topology)
+
+    def status(self) -> dict[str, object]:
+        """Everything `holdfast status` shows, as plain values."""
+        found = super().status()
+        rows = found["ranks"]
+        assert isinstance(rows, list)
+        for row in rows:
+            row["host"] = self.book.all[row["host"]].name if row["host"] in self.book.all else ""
+        found["hosts"] = [
+            {
+                "host": host.index,
+                "name": host.name,
+                "address": host.address,
+                "domain": host.domain,
+                "connected": host.connected,
+                "lost": host.lost,
+                "ranks": [rank for rank, slot in self.slots.items() if slot.host == host.index],
+            }
+            for host in self.book.all.values()
+        ]
+        found["waiting"] = sorted(self._waiting)
+        found["redundancy"] = self._redundancy_status()
+        return found
+
+    def _redundancy_status(self) -> dict[str, object] | None:
+        placement = self._current
+        if placement is None:
+            return None
+        lost = [index for index, host in self.book.all.items() if host.lost]
+        protected = self._protected[0] == placement.number
+        left = survivable(placement, lost)
+        return {
+            "code": f"rs:{placement.k}+{placement.m}",
+            "placement": placement.number,
+            "protected_step": self._protected[1] if protected else -1,
+            "stripes": {str(stripe): count if protected else 0 for stripe, count in left.items()},
+            "losses_tolerated": min(left.values(), default=0) if protected else 0,
+            "warnings": list(placement.warnings),
+        }

@@ -1,0 +1,59 @@
+"""Between torch and arenas: dtypes by safetensors' names, entries of tensors, tensors over arena memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from holdfast.ckpt.memory.arena import HEADER_BYTES, ArenaEntry, arena_bytes, layout
+from holdfast.ckpt.memory.table import aligned
+
+from .state import Entry
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def arena_entry(name: str, state: str, tensor: torch.Tensor) -> ArenaEntry:
+    """The whole of `tensor` as an entry of an arena."""
+    return ArenaEntry(name, state, DTYPES[tensor.dtype], tuple(tensor.shape), 0, tensor.numel())
+
+
+def tensor_of(view: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over arena memory (shared, not copied)."""
+    if not view.nbytes:
+        return torch.empty(shape, dtype=_TORCH[dtype])
+    return torch.frombuffer(view, dtype=_TORCH[dtype]).view(shape)
+
+
+def as_cpu(tensor: Any) -> torch.Tensor:
+    """A copy in host memory."""
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.detach().cpu().clone()
+
+
+def whole_sizes(
+    entries: Iterable[Entry], future: Iterable[tuple[str, str, torch.Tensor]], metadata: Any
+) -> tuple[int, int]:
+    """Bytes of the image and of the arena of `entries`, and of what the optimizer will add to them."""
+    shapes = [arena_entry(entry.name, entry.state, entry.tensor) for entry in entries]
+    known = {(entry.name, entry.state) for entry in shapes}
+    owned = {entry.name for entry in shapes}
+    for name, state, tensor in future:
+        if name in owned and (name, state) not in known:
+            shapes.append(arena_entry(name, state, tensor))
+    image = aligned(layout(shapes)[1], HEADER_BYTES) - HEADER_BYTES
+    return image, arena_bytes(shapes, metadata)
