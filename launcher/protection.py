@@ -16,13 +16,14 @@ import select
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
 from holdfast.ckpt.memory.placement import Placement
 from holdfast.ckpt.memory.protect.client import ProtectorClient
 from holdfast.proto import env
-from holdfast.proto.errors import HoldfastError, JobFailed, PeerLost
+from holdfast.proto.errors import HoldfastError, JobFailed, PeerLost, SnapshotError
 
 from .loop import Loop
 from .processes import describe_exit, tell
@@ -35,7 +36,18 @@ RETRY_S: Final = 0.5
 class Protection:
     """See the module's docstring."""
 
-    def __init__(self, *, name: str, smp: str, bind: str, job: str, token: str, directory: Path) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        smp: str,
+        bind: str,
+        job: str,
+        token: str,
+        directory: Path,
+        on_refused: Callable[[str], None],
+    ) -> None:
+        """`on_refused(why)` is called (by another thread) if the job's memory is not there at its start."""
         self.name = name
         self.address = ""
         self._command = ["--smp", smp, "--control", name, "--job", job, "--token-env", env.TOKEN]
@@ -51,6 +63,8 @@ class Protection:
         self._changed = threading.Condition()
         self._topology = ""
         self._told = ""
+        self._reserved = False
+        self._on_refused = on_refused
         self._closed = False
         self._sender = threading.Thread(target=self._send, name="holdfast-topology", daemon=True)
 
@@ -132,6 +146,7 @@ class Protection:
                 hosts = {int(host): str(address) for host, address in value["hosts"].items()}
                 with ProtectorClient(self.name, job=self._job, token=self._token, role="agent") as client:
                     client.topology(int(value["number"]), int(value["me"]), hosts, placement)
+                    self._reserve(client, placement)
             except HoldfastError as error:
                 with self._changed:
                     if self._changed.wait_for(lambda: self._closed, RETRY_S):
@@ -141,6 +156,16 @@ class Protection:
                 continue
             with self._changed:
                 self._told = text
+
+    def _reserve(self, client: ProtectorClient, placement: Placement | None) -> None:
+        """At the start of the job its memory is taken, or the job refused; later a job goes on as well as it can."""
+        if placement is None or self._reserved:
+            return
+        try:
+            client.reserve(placement)
+        except SnapshotError as error:
+            self._on_refused(f"no room for the parity of other hosts: {error}; see --redundancy")
+        self._reserved = True
 
     # ---- callbacks ------------------------------------------------------------------------------------
 

@@ -154,6 +154,7 @@ class Host:
                     job=self.job,
                     token=self.token,
                     directory=self.directory,
+                    on_refused=lambda why: self.supervisor.refuse(why),
                 )
         if self._smp is not None:
             self._smp.await_ready()

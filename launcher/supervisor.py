@@ -364,6 +364,11 @@ class Supervisor:
         """This host was given up, or cannot know: its ranks end (any thread)."""
         self._loop.post(lambda: self._fence(reason))
 
+    def refuse(self, reason: str) -> None:
+        """The job cannot be run like this on this host (any thread)."""
+        self._session.failed(reason)
+        self._loop.post(lambda: self._end_job(ConfigError(reason)))
+
     def _fence(self, reason: str) -> None:
         with self._lock:
             if self._frozen or not self._watcher.slots:

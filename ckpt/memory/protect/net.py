@@ -148,6 +148,7 @@ def connect(address: str, key: Key, *, patience_s: float) -> Channel:
     try:
         sock = socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # requests are small and many are under way
         channel = Channel(sock, patience_s)
         mine = os.urandom(NONCE_BYTES)
         channel.send_raw(MAGIC + mine)
@@ -169,6 +170,7 @@ def connect(address: str, key: Key, *, patience_s: float) -> Channel:
 
 def welcome(sock: socket.socket, key: Key, *, hello_s: float, patience_s: float) -> Channel:
     """The server's side of connect(). ProtocolViolation, OSError or EOFError for whoever is not one of us."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     hello = Channel(sock, hello_s)
     begin = hello.payload(len(MAGIC) + NONCE_BYTES)
     if begin[: len(MAGIC)] != MAGIC:
