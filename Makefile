@@ -29,11 +29,11 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help venv demo test check format types proto links chaos bench clean
+.PHONY: help venv demo test test-interop check format types proto links chaos bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list these words
-	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
 
 venv: $(VENV)/.installed  ## virtual environment with torch, our wheel and the tools (VENV=.venv)
 
@@ -42,6 +42,12 @@ demo: venv  ## train on four processes, kill some, compare with an undisturbed r
 
 test: venv  ## all tests
 	$(BIN)/pytest -q tests $(ARGS)
+
+# An environment of its own: DeepSpeed has no place among what our users install. It builds nothing but itself here.
+test-interop:  ## tests against the real DeepSpeed and FSDP2, for some minutes (ARGS goes to pytest)
+	$(MAKE) venv VENV=$(VENV)/interop
+	DS_BUILD_OPS=0 $(VENV)/interop/bin/pip install -q --no-build-isolation 'deepspeed==0.19.8'
+	HOLDFAST_INTEROP=1 $(VENV)/interop/bin/pytest -q tests/interop $(ARGS)
 
 check: venv  ## lint, formatting, and whether generated code is current
 	$(BIN)/ruff check .

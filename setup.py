@@ -8,5 +8,5 @@ FOLDERS = [*ROOTS, *(f"{root}.{sub}" for root in ROOTS for sub in find_packages(
 setup(
     packages=[f"holdfast.{folder}" for folder in FOLDERS],
     package_dir={f"holdfast.{root}": root for root in ROOTS},
-    package_data={"": ["py.typed", "*.pyi", "*.proto"]},
+    package_data={"": ["py.typed", "*.pyi", "*.proto", "maps/*.toml"]},
 )

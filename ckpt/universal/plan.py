@@ -41,6 +41,7 @@ class Keeps:
     optimizer: bool = True
     masters: bool = True
     weights: bool = True
+    """The rounded ones, beside their masters."""
     metadata: bool = True
     """All of it: trainer, scheduler, RNG, data position."""
     about: str = ""
@@ -49,10 +50,11 @@ class Keeps:
 TARGETS: Final[Mapping[str, Keeps]] = MappingProxyType(
     {
         "holdfast": Keeps(),
-        "deepspeed": Keeps(metadata=False, about="zero3 has no rounded weights: DeepSpeed rounds its masters again"),
-        "deepspeed-universal": Keeps(metadata=False, about="trainer's counters are kept; RNG and data position not"),
-        "dcp": Keeps(metadata=False, about="model and optimizer by name"),
-        "fsdp2": Keeps(metadata=False, about="model and optimizer by name"),
+        "deepspeed": Keeps(metadata=False),
+        "deepspeed:zero3": Keeps(metadata=False, weights=False, about="weights are the masters, rounded when loaded"),
+        "deepspeed-universal": Keeps(metadata=False),
+        "dcp": Keeps(metadata=False, weights=False, about="parameters are the float32 masters"),
+        "fsdp2": Keeps(metadata=False, weights=False, about="parameters are the float32 masters"),
         "torch": Keeps(metadata=False, masters=False, about="model, optimizer and scheduler in one file"),
         "hf": Keeps(optimizer=False, masters=False, metadata=False, about="weights and buffers"),
     }
@@ -134,6 +136,8 @@ def _kept(tensor: TensorState, keeps: Keeps, checkpoint: Checkpoint) -> bool:
     if tensor.state == "fp32" and not keeps.masters:
         # Where there is no other value, the master is the value.
         return not ({(tensor.name, "weight"), (tensor.name, "buffer")} & checkpoint.states.keys())
+    if tensor.state == "weight" and not keeps.weights:
+        return (tensor.name, "fp32") not in checkpoint.states
     if tensor.state == "rng" or tensor.role == "opaque":
         return keeps.metadata
     return True
@@ -146,6 +150,8 @@ def _losses(checkpoint: Checkpoint, wanted: Wanted, keeps: Keeps, kept: list[Ten
         if left:
             text = ", ".join(f"{state} ({count})" for state, count in sorted(left.items()))
             losses.append(f"optimizer states are left out: {text}")
+        if checkpoint.completeness.get("scheduler", "absent") != "absent":
+            losses.append("the scheduler is left out")
     if not keeps.masters and not wanted.weights_only:
         left_out = sum(t.state == "fp32" for t in checkpoint.states.values()) - sum(t.state == "fp32" for t in kept)
         if left_out:

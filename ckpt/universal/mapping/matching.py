@@ -74,8 +74,8 @@ def _looked_up(value: Mapping[str, Any], config: Mapping[str, Any], checkpoint: 
     if isinstance(key, str) and isinstance(config.get(key), int):
         return int(config[key])
     match value.get("shape"):
-        case [str(name), int(axis)]:
-            shapes = [t.shape for (n, _), t in checkpoint.states.items() if n == name and t.shape]
+        case [*candidates, int(axis)]:  # names on either side of the mapping
+            shapes = [t.shape for (name, _), t in checkpoint.states.items() if name in candidates and t.shape]
             if shapes and -len(shapes[0]) <= axis < len(shapes[0]):
                 return shapes[0][axis]
     default = value.get("default")

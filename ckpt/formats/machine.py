@@ -1,0 +1,169 @@
+"""The stack machine under the pickle reader: a stack, marks, a memo, and refusals. See unpickle.py.
+
+    bytes ─▶ Machine.run(operations) ─▶ one value        operations: opcodes.py
+
+It never calls what it reads about: `name` makes a Global or refuses, `construct` makes an Instance or a plain
+value by a function of ours, `build` and the others write only into what this machine has made.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from ..universal.errors import CorruptError, UnsafeError
+from .inert import Global, Instance, Make, key_of
+
+Persistent = Callable[[object], object]
+
+STOP: Final = ord(".")
+STACK_MAX: Final = 20_000_000
+MARKS_MAX: Final = 1000
+
+
+class Machine:
+    """The stack machine of pickle protocols 0 to 5. One use; `seen` are the globals met so far."""
+
+    def __init__(
+        self,
+        data: bytes,
+        allowed: frozenset[tuple[str, str]] | None,
+        persistent: Persistent | None,
+        make: Mapping[tuple[str, str], Make],
+        where: str,
+    ) -> None:
+        self.data = data
+        self.at = 0
+        self.allowed = allowed
+        self.persistent = persistent
+        self.make = make
+        self.where = where
+        self.seen: set[str] = set()
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, operations: Mapping[int, Callable[[Machine], None]]) -> Any:
+        data = self.data
+        while True:
+            code = data[self.at]
+            self.at += 1
+            if code == STOP:
+                break
+            operation = operations.get(code)
+            if operation is None:
+                raise CorruptError("a pickle opcode that no checkpoint has", file=self.where, opcode=code, at=self.at)
+            operation(self)
+            if len(self.stack) > STACK_MAX or len(self.marks) > MARKS_MAX:
+                raise CorruptError("a pickle that stacks too much", file=self.where, at=self.at)
+        if len(self.stack) != 1 or self.marks:
+            raise CorruptError("a pickle that does not end with one value", file=self.where)
+        return self.stack[0]
+
+    # ---- reading arguments -----------------------------------------------------------------------------
+
+    def take(self, count: int) -> bytes:
+        end = self.at + count
+        if count < 0 or end > len(self.data):
+            raise CorruptError("a pickle that ends too early", file=self.where, at=self.at)
+        taken = self.data[self.at : end]
+        self.at = end
+        return taken
+
+    def number(self, form: str) -> Any:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+
+    def line(self) -> str:
+        end = self.data.index(b"\n", self.at)
+        if end - self.at > 1 << 20:
+            raise CorruptError("a line in a pickle that is too long", file=self.where, at=self.at)
+        text = self.data[self.at : end].decode("utf-8")
+        self.at = end + 1
+        return text
+
+    # ---- the stack -------------------------------------------------------------------------------------
+
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        if not self.stack or (self.marks and len(self.stack) <= self.marks[-1]):
+            raise CorruptError("a pickle that takes from an empty stack", file=self.where, at=self.at)
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        if not self.stack or (self.marks and len(self.stack) <= self.marks[-1]):
+            raise CorruptError("a pickle that looks at an empty stack", file=self.where, at=self.at)
+        return self.stack[-1]
+
+    def since_mark(self) -> list[Any]:
+        if not self.marks:
+            raise CorruptError("a pickle without the mark that it looks for", file=self.where, at=self.at)
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    # ---- names, and what would have been calls ----------------------------------------------------------
+
+    def name(self, module: object, name: object) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise CorruptError("a global whose name is not text", file=self.where, at=self.at)
+        self.seen.add(f"{module}.{name}")
+        known = self.allowed is None or (module, name) in self.allowed or (module, name) in self.make
+        if not known:
+            raise UnsafeError("a pickle names something that is not data", name=f"{module}.{name}", file=self.where)
+        self.push(Global(module, name))
+
+    def construct(self, cls: object, args: object) -> None:
+        if not isinstance(cls, Global) or not isinstance(args, tuple):
+            raise UnsafeError("a pickle calls something that is not a known name", at=self.at, file=self.where)
+        make = self.make.get((cls.module, cls.name))
+        self.push(make(args) if make is not None else Instance(cls, args))
+
+    def build(self) -> None:
+        state, target = self.pop(), self.top()
+        if isinstance(target, Instance):
+            if isinstance(state, tuple) and len(state) == 2 and all(s is None or isinstance(s, dict) for s in state):
+                # (None, {slots}): how objects with __slots__ are pickled.
+                state = {**(state[0] or {}), **(state[1] or {})}
+            target.state = state
+        elif not isinstance(target, (dict, tuple)) or not isinstance(state, (dict, type(None))):
+            # An OrderedDict of torch carries `_metadata` this way: about its modules, not about its values.
+            raise CorruptError("a pickle that sets the state of a plain value", file=self.where, at=self.at)
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.top()
+        if len(items) % 2:
+            raise CorruptError("a pickle with half an item", file=self.where, at=self.at)
+        pairs = [(key_of(items[i]), items[i + 1]) for i in range(0, len(items), 2)]
+        if isinstance(target, Instance):
+            target.items += pairs
+        elif isinstance(target, dict):
+            target.update(pairs)
+        else:
+            raise CorruptError("a pickle that puts items into no dictionary", file=self.where, at=self.at)
+
+    def append(self, items: list[Any]) -> None:
+        target = self.top()
+        if isinstance(target, Instance):
+            target.items += items
+        elif isinstance(target, list):
+            target += items
+        else:
+            raise CorruptError("a pickle that appends to no list", file=self.where, at=self.at)
+
+    def put(self, index: int) -> None:
+        # The memo's index is the input's choice, its size is not: one entry for each opcode that put it there.
+        self.memo[index] = self.top()
+
+    def get(self, index: int) -> None:
+        if index not in self.memo:
+            raise CorruptError("a pickle that recalls what it never stored", file=self.where, at=self.at)
+        self.push(self.memo[index])
+
+    def persist(self, pid: object) -> None:
+        if self.persistent is None:
+            raise CorruptError("a pickle with persistent ids where none belong", file=self.where, at=self.at)
+        self.push(self.persistent(pid))

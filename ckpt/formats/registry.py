@@ -1,0 +1,140 @@
+"""Which format a path is of, and what a target's spelling means.
+
+    "deepspeed:zero3,dp=6"  ──▶ Target("deepspeed", "zero3", {"dp": 6})  ──▶ deepspeed_write.write(...)
+    kind : variant , option=value ...
+
+Detection looks at names and first bytes, never at data. Invariants: an unknown kind, variant or option is a
+UsageError that lists the known ones, before anything is opened for writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ..universal.errors import UsageError
+from ..universal.model import Checkpoint
+from ..universal.open import is_ours, open_checkpoint
+from ..universal.read import Reader
+from . import dcp, deepspeed, deepspeed_universal, safetensors, torch_file
+from .dcp_write import write as write_dcp
+from .deepspeed_universal_write import write as write_universal
+from .deepspeed_write import write as write_deepspeed
+
+Detect = Callable[[Path], bool]
+Open = Callable[[Path], Checkpoint]
+
+FORMATS: Final[tuple[tuple[str, Detect, Open], ...]] = (
+    ("holdfast", is_ours, open_checkpoint),
+    ("deepspeed universal", deepspeed_universal.detect, deepspeed_universal.open),
+    ("deepspeed", deepspeed.detect, deepspeed.open),
+    ("dcp", dcp.detect, dcp.open),
+    ("torch", torch_file.detect, torch_file.open),
+    ("safetensors", safetensors.detect, safetensors.open),
+)
+"""In the order in which they are asked. Ours first: a folder of ours holds safetensors too."""
+
+
+def detect(path: Path | str) -> str | None:
+    """The name of the format, or None."""
+    return next((name for name, knows, _ in FORMATS if knows(Path(path))), None)
+
+
+def open_any(path: Path | str) -> Checkpoint:
+    """The checkpoint at `path`, whatever its format."""
+    path = Path(path)
+    if not path.exists():
+        raise UsageError("no such file or folder", path=str(path))
+    for _, knows, opens in FORMATS:
+        if knows(path):
+            return opens(path)
+    raise UsageError("not a checkpoint of a format known here", path=str(path), known=[name for name, *_ in FORMATS])
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to write."""
+
+    kind: str
+    variant: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of target: how it is written, and what it may be told."""
+
+    write: Callable[..., None]
+    variants: tuple[str, ...] = ("",)
+    options: Mapping[str, type] = field(default_factory=dict)
+    about: str = ""
+
+
+DCP_OPTIONS: Final[Mapping[str, type]] = {
+    "dp": int,
+    "dim": int,
+    "model": str,
+    "optim": str,
+    "flat": bool,
+    "masters": bool,
+}
+
+TARGETS: Final[Mapping[str, Kind]] = {
+    "deepspeed": Kind(
+        write_deepspeed,
+        ("zero1", "zero2", "zero3"),
+        {"dp": int, "ep": int, "dtype": str, "tag": str, "sub_group": int},
+        "native files for dp ranks",
+    ),
+    "deepspeed-universal": Kind(write_universal, ("",), {"tag": str}, "folder for load_universal"),
+    "dcp": Kind(write_dcp, ("",), DCP_OPTIONS, "PyTorch distributed checkpoint: model and optimizer by name"),
+    "fsdp2": Kind(write_dcp, ("",), DCP_OPTIONS, "the same, as fully_shard's state dicts ask for it"),
+    "hf": Kind(safetensors.write, ("",), {"dtype": str, "file_bytes": int}, "Hugging Face folder, weights only"),
+    "torch": Kind(torch_file.write, ("",), {"masters": bool}, "one file of torch.save"),
+}
+
+
+def parse_target(text: str) -> Target:
+    """A target from its spelling: kind[:variant][,option=value ...]; the colon may also introduce options."""
+    kind, _, rest = text.partition(":")
+    known = TARGETS.get(kind)
+    if known is None:
+        raise UsageError("an unknown target", target=kind, known=sorted([*TARGETS, "holdfast"]))
+    variant, options = "", {}
+    for word in filter(None, rest.split(",")):
+        name, equals, value = word.partition("=")
+        if not equals and not variant:
+            variant = name
+        elif name in known.options and equals:
+            options[name] = _value(name, value, known.options[name])
+        else:
+            raise UsageError("an unknown option of the target", option=word, known=sorted(known.options))
+    if variant not in known.variants:
+        raise UsageError("an unknown variant of the target", variant=variant, known=list(known.variants))
+    return Target(kind, variant, options)
+
+
+def _value(name: str, text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
+    if kind is int and text.isascii() and text.isdigit() and len(text) < 16:
+        return int(text)
+    raise UsageError("an option of the wrong kind", option=name, value=text, wanted=kind.__name__)
+
+
+def write_as(target: str | Target, reader: Reader, path: Path | str, **more: Any) -> None:
+    """Write what `reader` reads to `path`, natively. Nothing is at `path` unless all of it is.
+
+    `more` goes to the format's writer (such as `disk`). Our own format has its own Writer, in ckpt/universal.
+    """
+    wanted = parse_target(target) if isinstance(target, str) else target
+    options = {**wanted.options, **more}
+    if wanted.variant:
+        options["variant"] = wanted.variant
+    if wanted.kind == "fsdp2":
+        options["fsdp2"] = True
+    TARGETS[wanted.kind].write(reader, Path(path), **options)
