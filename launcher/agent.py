@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 
 from .bootstrap import own_address, publish, receive
 from .site import Host, Options, Site
@@ -163,7 +164,7 @@ class HoldfastAgent(LocalElasticAgent):
             super()._shutdown(death_sig, timeout)
         finally:
             if self._host is not None:
-                self._host.close()
+                self._host.close(stopped=isinstance(sys.exception(), SignalException))
 
 
 @contextlib.contextmanager

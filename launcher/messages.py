@@ -44,7 +44,8 @@ def joined_of(rank: int, incarnation: int, join: Any) -> Joined:
     """What a rank reports when it joins."""
     held = {int(h.rank): frozenset(int(s) for s in h.steps) for h in join.held}
     parity = {(int(p.placement), int(p.stripe), int(p.index)): frozenset(int(s) for s in p.steps) for p in join.parity}
-    report = Report(rank, int(join.live_step), tuple(int(p) for p in join.peers), held)
+    disk = frozenset(int(step) for step in join.disk)
+    report = Report(rank, int(join.live_step), tuple(int(p) for p in join.peers), held, disk)
     return Joined(incarnation, report, join.plan, join.compute, int(join.until), int(join.image_bytes), parity)
 
 

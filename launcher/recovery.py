@@ -70,7 +70,7 @@ class Recovery:
         lost = "; ".join(f"rank {cause['rank']} {cause['reason']}" for cause in self.causes) or "unknown"
         steps = ", ".join(f"{name[:-3]} {value:.0f}" for name, value in spans.items())
         line = (
-            f"recovered in {total_ms:.0f} ms ({steps} ms): {lost}; resumed from step {self.resume_step}, "
-            f"step {step} committed; exact"
+            f"recovered in {total_ms:.0f} ms ({steps} ms): {lost}; resumed from step {self.resume_step}"
+            f"{' (a checkpoint on disk)' if 'disk' in self.sources else ''}, step {step} committed; exact"
         )
         return event, line

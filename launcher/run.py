@@ -39,6 +39,7 @@ from .bootstrap import is_ours, own_address
 from .detector import Limits
 from .options import add_options
 from .processes import tell
+from .saving import plan_saving
 
 if TYPE_CHECKING:
     from .site import Options
@@ -53,6 +54,7 @@ examples:
   holdfast run --nproc-per-node 4 train.py --config llama.toml
   holdfast run --nproc-per-node 4 --standbys 2 --log-dir logs --tee 3 train.py
   holdfast run --nproc-per-node 4 -m package.train
+  holdfast run --nproc-per-node 4 --checkpoint-dir runs/a --checkpoint-every 500 --resume latest train.py
   holdfast run --nproc-per-node 4 --faults rank=2,step=5,at=backward:3,kind=kill train.py
   holdfast run --nnodes 8 --nproc-per-node 4 --rdzv-endpoint host0:29400 --redundancy rs:6+2 train.py   (on 8 hosts)
 
@@ -107,6 +109,8 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Arguments for torch, and fields for agent.Options. Raises ConfigError, Stopped; starts nothing."""
+    from torch.distributed.run import parse_min_max_nnodes
+
     arguments = build_parser().parse_args(list(argv))
     for name in ("lease_min", "lease_start", "lease_user", "stop_grace", "host_wait", "host_lease"):
         if not getattr(arguments, name) > 0:
@@ -131,6 +135,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         raise ConfigError(f"--faults: {error}") from None
     _check_torchrun(arguments)
     _check_script(arguments)
+    wanted = plan_saving(arguments, parse_min_max_nnodes(arguments.nnodes)[1])
     job = arguments.job_id or secrets.token_hex(4)
     if not _JOB_ID.fullmatch(job):
         raise ConfigError(f"--job-id has letters, digits, '.', '_' and '-' (at most 40), got {job!r}")
@@ -160,6 +165,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "budget": MANAGED_BUDGET if arguments.max_restarts is None else arguments.max_restarts,
         "faults": arguments.faults,
         "snapshots": arguments.snapshots == "on",
+        "saving": wanted,
     }
 
 

@@ -29,6 +29,7 @@ from .hosts import Host as Described
 from .loop import Loop
 from .processes import become_subreaper, kill_leaders
 from .protection import Protection
+from .saving import SaverProcess, Saving
 from .services import Coordinator, SnapshotManager
 from .session import CoordinatorSession, Hooks
 from .standby import StandbyPool
@@ -60,6 +61,7 @@ class Options:
     budget: int
     faults: str
     snapshots: bool
+    saving: Saving
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Host:
         self._coordinator: Coordinator | None = None
         self._smp: SnapshotManager | None = None
         self._protection: Protection | None = None
+        self._saver: SaverProcess | None = None
         self._supervisor: Supervisor | None = None
         self._loop: Loop | None = None
         self._session: CoordinatorSession | None = None
@@ -146,6 +149,16 @@ class Host:
                 name=smp, job=self.job, token=self.token, directory=self.directory, cleanup=[self.directory, *entry]
             )
             self._smp.begin()
+            if options.saving.folder is not None:
+                self._saver = SaverProcess(
+                    options.saving,
+                    smp=smp,
+                    job=self.job,
+                    token=self.token,
+                    world_size=site.world_size,
+                    directory=self.directory,
+                    events=events,
+                )
             if site.several and options.redundancy != "none":
                 self._protection = Protection(
                     name=f"{self.job}-protect-{suffix}",
@@ -158,6 +171,8 @@ class Host:
                 )
         if self._smp is not None:
             self._smp.await_ready()
+        if self._saver is not None:
+            self._saver.begin()
         if self._protection is not None:
             self._protection.begin()
         own = self._coordinator.await_ready() if self._coordinator is not None else ""
@@ -222,7 +237,7 @@ class Host:
         self._supervisor.listen(socket_name, pool, self._service_pids)
 
     def _service_pids(self) -> list[int]:
-        return [part.pid for part in (self._coordinator, self._smp, self._protection) if part is not None]
+        return [part.pid for part in (self._coordinator, self._smp, self._protection, self._saver) if part is not None]
 
     def _run(self) -> None:
         assert self._loop is not None
@@ -233,6 +248,8 @@ class Host:
             self._coordinator.adopt(self._loop, self._moved)
         if self._smp is not None:
             self._smp.adopt(self._loop)
+        if self._saver is not None:
+            self._saver.adopt(self._loop)
         if self._protection is not None:
             self._protection.adopt(self._loop)
         self._session.start(self._address)
@@ -269,19 +286,26 @@ class Host:
             found[env.PROTECTOR] = self._protection.name
         if self._smp is not None:
             found[env.SMP] = self._smp.name
+        if self._saver is not None:
+            found |= {env.SAVER: str(self._saver.page), env.CHECKPOINTS: str(options.saving.folder)}
+        if options.saving.resume is not None:
+            found[env.RESUME] = f"{options.saving.start}:{options.saving.resume}"
         return found
 
-    def close(self) -> None:
+    def close(self, *, stopped: bool = False) -> None:
         """End everything; harmless to repeat. After the ranks have ended: the socket is their lifeline."""
         if self._closed:
             return
         self._closed = True
+        if stopped and self._saver is not None:
+            self._saver.stopped()
         with contextlib.ExitStack() as stack:
             # Run in reverse order, each whatever the others do.
             stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
             stack.callback(registry.remove, self.job)
             stack.callback(self._kill_unknown)
-            for part in (self._smp, self._protection, self._coordinator, self._supervisor, self._door):
+            parts = (self._smp, self._saver, self._protection, self._coordinator, self._supervisor, self._door)
+            for part in parts:
                 if part is not None:
                     stack.callback(part.close)
             if self._session is not None:

@@ -12,4 +12,7 @@ FAULTS: Final = "HOLDFAST_FAULTS"  # scripted faults, see proto/faults.py
 RUN_DIR: Final = "HOLDFAST_RUN_DIR"  # where the event record lies
 ADDRESS: Final = "HOLDFAST_ADDRESS"  # where ranks of other hosts reach this host
 HOST: Final = "HOLDFAST_HOST"  # number of the host in the job
+SAVER: Final = "HOLDFAST_SAVER"  # file of the page that ranks share with the saver; unset: none
+CHECKPOINTS: Final = "HOLDFAST_CHECKPOINTS"  # folder of the job's checkpoints
+RESUME: Final = "HOLDFAST_RESUME"  # checkpoint that the job started from
 PROTECTOR: Final = "HOLDFAST_PROTECTOR"  # abstract unix socket of the host's protector; unset: none

@@ -31,10 +31,12 @@ from .data import Source, make_source
 from .device import choose_device, numerics_identity
 from .finish import finish
 from .gather import KEPT, NO_GRADIENT, Gathered, Kept, merge
+from .origin import origin
 from .pipeline.exchange import exchange, exchange_ties, plan_exchanges
 from .pipeline.executor import LOSS, Executor, Numerics, Outcome
 from .pipeline.planner import choose_grid, grid_plan
 from .pipeline.schedule import make_schedule
+from .recovery.disk import Checkpoints
 from .scaler import LossScaler
 from .snapshot import Snapshots
 from .state import ModelState, build_unit, check_layers, equalise_ties, find_ties
@@ -68,6 +70,7 @@ class Engine:
         self.config = config
         self.rank = identity.rank
         self.step = 0
+        self.born = 0  # generation that committed the state in memory
         self.report: StepReport | None = None
         self.kept = Kept()
         self._session = session
@@ -105,6 +108,7 @@ class Engine:
         self._group: Group | None = None
         self._names: list[list[str]] = []
         self._first_after_resume = True
+        self.checkpoints = Checkpoints(self, session)
         self.snapshots = Snapshots(self, session)
         self.snapshots.reserve()
 
@@ -294,7 +298,7 @@ class Engine:
             self.state.apply_gradients(gradients)
             self.injector.at("applied", step)
         self.scaler.update(finite)
-        self.step = step
+        self.step, self.born = step, self._session.generation
         first = self._first_after_resume or gathered.kept.protected_under() != self.kept.protected_under()
         self.kept = gathered.kept
         self.report = StepReport(step, gathered.loss, gathered.tokens, norm, lr, skipped, self.kept.sealed)
@@ -328,6 +332,8 @@ class Engine:
         values = merge(group.allgather(vector))
         totals, counts = values[: plan.microbatches], values[plan.microbatches :]
         self._validated = (self.step, math.fsum(totals) / math.fsum(counts))
+        if self.rank == 0:
+            self.snapshots.saver.validated(*self._validated)
 
     def validation_loss(self, step: int) -> float | None:
         """Validation loss of `step`, if it was due there."""
@@ -345,8 +351,9 @@ class Engine:
     @property
     def live_step(self) -> int:
         """Step of the state in this process' memory. A replacement's initial state counts only if it must be
-        what the first process had."""
-        if self.step == 0 and self._session.identity.incarnation > 0 and not self.deterministic_start:
+        what the first process had, and what the job starts from."""
+        lost = self._session.identity.incarnation > 0 and not self.deterministic_start
+        if self.step == 0 and (lost or self.checkpoints.resumes):
             return NO_STEP
         return self.step
 
@@ -370,6 +377,7 @@ class Engine:
         return {
             "step": self.step,
             "signature": self.signature(),
+            "origin": origin(self),
             **self.state.metadata(),
             "report": asdict(self.report) if self.report is not None else None,
             "scaler": self.scaler.state_dict(),
@@ -386,4 +394,4 @@ class Engine:
         rng.restore(metadata["rng"], self.device.device)
         # A survivor may be moved forward to a step that it never finished, and must still report it.
         self.report = StepReport(**metadata["report"]) if metadata["report"] is not None else None
-        self.step = step
+        self.step, self.born = step, metadata["origin"]["generation"]

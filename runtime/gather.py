@@ -14,8 +14,9 @@ NO_GRADIENT = -1.0
 """Stands for the norm of a gradient that does not exist."""
 
 
-KEPT = 4
-"""A rank's vector opens with what it keeps: the steps of its two halves; placement and step of its host's parity."""
+KEPT = 5
+"""A rank's vector opens with what it keeps: the steps of its two halves; placement and step of its host's parity; and
+the step from which on a checkpoint is due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Kept:
     """Newest step for which every host holds its parity."""
     placement: int = 0
     """Number of the placement of that parity; 0: the job has none."""
+    due: int = int(NO_STEP)
+    """The first step from this one on that all hold is not to be overwritten before the saver has copied it."""
 
     def protected_under(self) -> int:
         """Placement under which something is protected; 0 for none."""
@@ -39,7 +42,9 @@ class Kept:
         sealed = newest_common([row[:2] for row in rows])
         ready = placement != 0 and all(row[2] == placement for row in rows)
         protected = min(row[3] for row in rows) if ready else int(NO_STEP)
-        return Kept(sealed, protected, placement)
+        # Ranks may have looked at the saver's page a moment apart: whoever looked last is right.
+        due = max((row[4] for row in rows if len(row) > 4), default=int(NO_STEP))
+        return Kept(sealed, protected, placement, due)
 
 
 def newest_common(held: Sequence[Sequence[int]]) -> int:

@@ -56,6 +56,9 @@ class Identity:
     host: int = 0
     address: str = "127.0.0.1"
     protector: str = ""
+    saver: str = ""
+    checkpoints: str = ""
+    resume: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class JoinReport:
     image_bytes: int = 0
     parity: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
     """(placement, stripe, index) -> steps, of the parity that this host holds."""
+    disk: list[int] = field(default_factory=list)
 
 
 class AgentLink:
@@ -202,6 +206,7 @@ class Member:
                 pb.HeldParity(placement=placement, stripe=stripe, index=index, steps=steps)
                 for (placement, stripe, index), steps in sorted(report.parity.items())
             ],
+            disk=report.disk,
         )
         message = pb.RankMessage(generation=generation, join=body)
         with self._lock:

@@ -42,7 +42,8 @@ from holdfast.proto.lease import Phase
 
 from .arenas import DTYPES, arena_entry, as_cpu, tensor_of, whole_sizes
 from .gather import Kept
-from .keep import choose_half, choose_protected_half
+from .hold import Hold
+from .keep import choose
 from .member import Formed
 from .redundancy import Redundancy, held_parity
 from .state import Entry
@@ -87,6 +88,7 @@ class Snapshots:
         self._idle.set()
         self._opened: list[tuple[MappedHalf, Table]] = []
         self._redundancy = Redundancy(identity)
+        self.saver = Hold(identity.saver)
         session.on_fence(self._redundancy.interrupt)
         self._image_bytes: int | None = None
         self.skipped = 0
@@ -104,8 +106,8 @@ class Snapshots:
         return self._redundancy.placement
 
     def keeps(self) -> list[int]:
-        """What this rank brings to gather.Kept: the steps of its halves, placement and step of its host's parity."""
-        return [*self.steps(), *self._redundancy.protected()]
+        """What this rank brings to gather.Kept."""
+        return [*self.steps(), *self._redundancy.protected(), self.saver.due(self.steps())]
 
     # ---- every step ---------------------------------------------------------------------------------
 
@@ -117,11 +119,7 @@ class Snapshots:
         """
         if not self.enabled or (step % self.every and not must):
             return
-        half: int | None
-        if kept.placement:
-            half = choose_protected_half(self.steps(), step, sealed=kept.sealed, protected=kept.protected, must=must)
-        else:
-            half = choose_half(self.steps(), kept.sealed)
+        half = choose(self.steps(), step, kept, must=must)
         if half is None:
             self.skipped += 1
             self._session.lease.snapshot(max(self.steps()), self.skipped)
@@ -320,8 +318,8 @@ class Snapshots:
             if engine.step != step:
                 raise SnapshotIncomplete("the live state is of another step", step=step, live=engine.step)
             sources.append(("live", 0, 0))
-        elif rung == "peer":
-            return []  # state comes over the group; see recovery/peer.py
+        elif rung in ("peer", "disk"):
+            return []  # state comes over the group, or from a checkpoint: see recovery/peer.py, recovery/disk.py
         else:
             if rung == "parity":
                 rung = self._rebuild(step)

@@ -43,7 +43,7 @@ class Hello(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[int] = ..., world_size: _Optional[int] = ..., live_step: _Optional[int] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("plan", "live_step", "held", "peers", "compute", "joined_ns", "until", "image_bytes", "parity")
+    __slots__ = ("plan", "live_step", "held", "peers", "compute", "joined_ns", "until", "image_bytes", "parity", "disk")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     LIVE_STEP_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class Join(_message.Message):
     UNTIL_FIELD_NUMBER: _ClassVar[int]
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PARITY_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
     plan: str
     live_step: int
     held: _containers.RepeatedCompositeFieldContainer[Held]
@@ -62,7 +63,8 @@ class Join(_message.Message):
     until: int
     image_bytes: int
     parity: _containers.RepeatedCompositeFieldContainer[HeldParity]
-    def __init__(self, plan: _Optional[str] = ..., live_step: _Optional[int] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., peers: _Optional[_Iterable[int]] = ..., compute: _Optional[str] = ..., joined_ns: _Optional[int] = ..., until: _Optional[int] = ..., image_bytes: _Optional[int] = ..., parity: _Optional[_Iterable[_Union[HeldParity, _Mapping]]] = ...) -> None: ...
+    disk: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, plan: _Optional[str] = ..., live_step: _Optional[int] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., peers: _Optional[_Iterable[int]] = ..., compute: _Optional[str] = ..., joined_ns: _Optional[int] = ..., until: _Optional[int] = ..., image_bytes: _Optional[int] = ..., parity: _Optional[_Iterable[_Union[HeldParity, _Mapping]]] = ..., disk: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HeldParity(_message.Message):
     __slots__ = ("placement", "stripe", "index", "steps")

@@ -8,7 +8,8 @@ from when for each *replica set* (ranks that host the same units)
 
     some member is live at s     (the others copy it, or their own snapshot), or
     every owner's snapshot of s is whole on some host (state replicated over n ranks is snapshotted 1/n by each),
-    or can be rebuilt there from the parity that other hosts hold.
+    or can be rebuilt there from the parity that other hosts hold,
+    or is in a checkpoint on disk that all its members can read.
 
 The newest such step wins: nobody redoes more than needed, and a step that some rank already applied is
 either kept by all or redone by all. Nothing here reads a clock or a socket. Invariants:
@@ -36,15 +37,17 @@ class Report:
     peers: tuple[int, ...]
     held: Mapping[int, frozenset[int]]
     """Slot -> steps wholly copied there, of the snapshot manager of this rank's host."""
+    disk: frozenset[int] = frozenset()
+    """Steps of the job's checkpoints that this rank can read."""
 
 
-Rung = Literal["live", "peer", "snapshot", "parity"]
+Rung = Literal["live", "peer", "snapshot", "parity", "disk"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a rank gets its state: its own memory, its host's snapshot manager, the memory of rank `peer`, or what
-    its host rebuilds from snapshots and parity on other hosts ("parity")."""
+    """Where a rank gets its state: its own memory, its host's snapshot manager, the memory of rank `peer`, what its
+    host rebuilds from snapshots and parity on other hosts ("parity"), or a checkpoint ("disk")."""
 
     rung: Rung
     peer: int = -1
@@ -88,19 +91,22 @@ def ranks_without_source(reports: Sequence[Report], step: int, reachable: Reacha
         sorted(
             report.rank
             for report in reports
-            if not live & set(report.peers) and not all(step in held.get(peer, frozenset()) for peer in report.peers)
+            if not live & set(report.peers)
+            and not all(step in held.get(peer, frozenset()) for peer in report.peers)
+            and step not in report.disk
         )
     )
 
 
-def choose_sources(reports: Sequence[Report], step: int) -> dict[int, Source]:
+def choose_sources(reports: Sequence[Report], step: int, reachable: Reachable) -> dict[int, Source]:
     """Cheapest source of the state after `step` for each rank that has one: own memory, a snapshot on its own
-    host, a live replica, a rebuild from other hosts.
+    host, a live replica, a rebuild from other hosts, a checkpoint.
 
     A snapshot costs one copy within a host, a replica's memory a transfer, a rebuild k transfers; replicas are
     taken in turn, so that several losers of one stage do not all load the same survivor.
     """
     live = {report.rank for report in reports if report.live_step == step}
+    held = held_everywhere(reports, reachable)
     sources: dict[int, Source] = {}
     for turn, report in enumerate(sorted(reports, key=lambda report: report.rank)):
         peers = sorted(live & set(report.peers))
@@ -110,8 +116,10 @@ def choose_sources(reports: Sequence[Report], step: int) -> dict[int, Source]:
             sources[report.rank] = Source("snapshot")
         elif peers:
             sources[report.rank] = Source("peer", peers[turn % len(peers)])
-        else:
+        elif all(step in held.get(peer, frozenset()) for peer in report.peers):
             sources[report.rank] = Source("parity")
+        else:
+            sources[report.rank] = Source("disk")
     return sources
 
 
@@ -120,10 +128,11 @@ def decide_resume(reports: Sequence[Report], reachable: Reachable | None = None)
     reachable = reachable or {}
     steps = {report.live_step for report in reports} - {NO_STEP}
     steps |= {step for kept in held_everywhere(reports, reachable).values() for step in kept}
+    steps |= {step for report in reports for step in report.disk}
     if not steps:
         return Resume(0, fresh=True)
     for step in sorted(steps, reverse=True):
         if not ranks_without_source(reports, step, reachable):
-            return Resume(step, sources=choose_sources(reports, step))
+            return Resume(step, sources=choose_sources(reports, step, reachable))
     newest = max(steps)
     return Impossible(newest, ranks_without_source(reports, newest, reachable))

@@ -62,6 +62,9 @@ def identity_from_environment() -> Identity:
         host=int(get(env.HOST, "0")),
         address=get(env.ADDRESS, "127.0.0.1"),
         protector=get(env.PROTECTOR, ""),
+        saver=get(env.SAVER, ""),
+        checkpoints=get(env.CHECKPOINTS, ""),
+        resume=get(env.RESUME, ""),
     )
 
 
@@ -182,13 +185,14 @@ class Session:
             until=until,
             image_bytes=engine.snapshots.image_bytes(),
             parity=engine.snapshots.held_parity(),
+            disk=engine.checkpoints.steps(),
         )
         formed = member.join(generation, report)
         self.lease.renew(Phase.RECOVERING)
         self.solo = formed.solo
         group = None if formed.solo else self._build(generation, engine.step)
         self.injector.at("restore", engine.step)
-        sources = engine.snapshots.restore(formed)
+        sources = engine.snapshots.restore(formed) + engine.checkpoints.restore(formed)
         if group is not None:
             self.lease.renew(Phase.WAITING)
             sources += transfer_state(engine, group, formed)

@@ -19,6 +19,8 @@ Long: one world; its parts mean little alone.
 from __future__ import annotations
 
 import heapq
+import inspect
+import json
 import os
 import random
 import sys
@@ -27,7 +29,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from holdfast.ckpt.memory.placement import Placement
+from holdfast.ckpt.memory.placement import Placement, survivable
 from holdfast.ckpt.memory.protect.parity import choose_half as choose_parity_half
 from holdfast.launcher.actions import (
     Action,
@@ -48,7 +50,7 @@ from holdfast.launcher.session import CONNECT_S, LEADER_RETRY_S, RETRY_S, candid
 from holdfast.launcher.slots import Joined
 from holdfast.proto.ids import NO_STEP
 from holdfast.runtime.gather import Kept
-from holdfast.runtime.keep import choose_half, choose_protected_half
+from holdfast.runtime.keep import choose
 from holdfast.runtime.recovery.decide import Report
 
 MS = 1_000_000
@@ -63,11 +65,16 @@ STEP_MAX = 1 << 52
 IMAGE = 20_000
 
 PATIENT = RENUMBERS = True
-RESENDS = True
+REMEMBERS = "before" in inspect.signature(Kept.of).parameters
+RESENDS = SETTLES = True
 TESTIFIES = hasattr(Host(0), "former")
 """Whether an agent waits while a standby elects, and whether a host without ranks gives up its number too."""
 
 Call = Callable[[], None]
+
+
+def kept_of(rows: Sequence[Sequence[int]], placement: int, before: Kept) -> Kept:
+    return Kept.of(rows, placement, before) if REMEMBERS else Kept.of(rows, placement)  # type: ignore[call-arg]
 
 
 # ---- machines and the network -----------------------------------------------------------------------------
@@ -170,7 +177,7 @@ class Machine:
         self.placement: Placement | None = None
         self.me = -1  # its number in the job, as its protector was told
         self.told = -1
-        self.hosts: frozenset[int] = frozenset()
+        self.hosts: dict[int, str] = {}  # number -> address, of all protectors
         self.keep = -1
         self.filling = self.pending = False
         self.spared = (-1, 0)
@@ -205,10 +212,10 @@ class Machine:
 
     # ---- protector (ckpt/memory/protect)
 
-    def topology(self, number: int, me: int, hosts: Iterable[int], placement: Placement | None) -> None:
+    def topology(self, number: int, me: int, hosts: dict[int, str], placement: Placement | None) -> None:
         if number < self.told:
             return
-        self.told, self.me, self.hosts, self.placement = number, me, frozenset(hosts), placement
+        self.told, self.me, self.hosts, self.placement = number, me, hosts, placement
         self.world.poke()
 
     def page(self) -> tuple[int, int]:
@@ -222,19 +229,21 @@ class Machine:
         number = self.placement.number if self.placement is not None else -1
         return max((kept.step for kept in self.whole() if kept.placement == number), default=-1)
 
-    def asked(self) -> list[Machine]:
-        """Machines that its protector can ask now."""
-        return [
-            m
-            for m in self.world.machines
-            if m is self or (m.agent is not None and m.me in self.hosts and self.world.reach(self, m))
-        ]
+    def asked(self) -> dict[int, Machine]:
+        """Machines that its protector can ask now, by the numbers that it knows them under."""
+        found = {number: self.world.machine_at(address) for number, address in self.hosts.items()}
+        return {
+            number: machine
+            for number, machine in (found | {self.me: self}).items()
+            if machine is self
+            or (machine.agent is not None and machine.address == self.hosts[number] and self.world.reach(self, machine))
+        }
 
     def everywhere(self, number: int, step: int) -> bool:
         layout = self.placement
         if layout is None or layout.number != number:
             return False
-        known = {m.me for m in self.asked() if m.has_parity(number, step)}
+        known = {host for host, machine in self.asked().items() if machine.has_parity(number, step)}
         return {host.host for host in layout.hosts if layout.parity_bytes(host.host)} <= known
 
     def turn(self) -> None:
@@ -243,7 +252,7 @@ class Machine:
         placement = self.placement
         if self.agent is None or placement is None or self.filling or not placement.parity_on(self.me):
             return
-        asked = set(self.asked())
+        asked = set(self.asked().values())
         slots = [slot.slot for slot in placement.slots]
         step = self.world.common_step(slots, asked)
         if step < 0 or self.has_parity(placement.number, step):
@@ -260,7 +269,7 @@ class Machine:
             if self.boot != boot or self.agent is None:
                 return
             self.filling = False
-            there = set(self.asked())
+            there = set(self.asked().values())
             if self.placement is placement and all(self.world.holds(slot, step, there) for slot in slots):
                 self.parity[half] = Parity(half, placement, step, placement.parity_on(me))
             self.world.poke()
@@ -282,17 +291,18 @@ class Machine:
 
     def can_rebuild(self, slot: int, step: int) -> bool:
         """Whether its protector finds that slot, or enough shards of it, on hosts under the numbers they have now."""
-        asked = set(self.asked())
-        if self.world.holds(slot, step, asked):
+        asked = self.asked()
+        if self.world.holds(slot, step, set(asked.values())):
             return True
-        layouts = {kept.placement: kept.layout for m in asked for kept in m.whole() if kept.step == step}
+        layouts = {kept.placement: kept.layout for m in asked.values() for kept in m.whole() if kept.step == step}
         return any(self._decodes(slot, step, layout, asked) for layout in layouts.values())
 
-    def _decodes(self, slot: int, step: int, layout: Placement, asked: set[Machine]) -> bool:
-        parity = {m.me for m in asked if m.has_parity(layout.number, step)}
+    def _decodes(self, slot: int, step: int, layout: Placement, asked: dict[int, Machine]) -> bool:
+        parity = {host for host, machine in asked.items() if machine.has_parity(layout.number, step)}
+        machines = set(asked.values())
         stripes = [stripe for stripe in layout.stripes if any(chunk.slot == slot for chunk in stripe.data)]
         for stripe in stripes:
-            shards = sum(self.world.holds(chunk.slot, step, asked) for chunk in stripe.data)
+            shards = sum(self.world.holds(chunk.slot, step, machines) for chunk in stripe.data)
             if shards + sum(host in parity for host in stripe.parity) < len(stripe.data):
                 return False
         return bool(stripes)
@@ -327,6 +337,7 @@ class Process:
         self.first = True
         self.tries = self.pauses = 0
         self.seen_generation = 0
+        self.world.every[rank, incarnation] = self
         self.world.soon(self.connect, 40.0)
 
     # ---- its session
@@ -555,11 +566,7 @@ class Process:
 
     def snapshot(self, kept: Kept, *, must: bool = False) -> None:
         halves = self.machine.slots.setdefault(self.rank, [NO_STEP, NO_STEP])
-        half: int | None
-        if kept.placement:
-            half = choose_protected_half(halves, self.live, sealed=kept.sealed, protected=kept.protected, must=must)
-        else:
-            half = choose_half(halves, kept.sealed)
+        half = choose(halves, self.live, kept, must=must)
         if half is None:
             self.world.skipped += 1
             return
@@ -693,9 +700,9 @@ class Agent:
             self.turn, self.failing_ns, self.asked = 0, -1, ""
             self.later(0)
         else:
-            self.failed(address)
+            self.failed(address, refused=True)
 
-    def failed(self, address: str) -> None:
+    def failed(self, address: str, *, refused: bool = False) -> None:
         failing = self.world.now_ns - self.failing_ns
         stays = address == self.address and failing <= int(LEADER_RETRY_S * S)
         if stays:
@@ -707,6 +714,9 @@ class Agent:
                     return
                 stays = machine.agent is not None and machine.address == door
         if stays:
+            self.later(int(RETRY_S * S))
+        elif refused and SETTLES and self.world.chance.random() < 0.75:
+            self.turn = 0  # stay with the first that answers: the others come there too
             self.later(int(RETRY_S * S))
         else:
             self.next()
@@ -972,8 +982,7 @@ class Coordinator:
         elif what == "committed":
             step, first, placement, protected = body  # type: ignore[misc]
             actions = job.on_committed(rank, generation, step, now, 1.0, first)
-            if placement:
-                actions += job.on_protected(placement, protected)
+            actions += job.on_protected(placement, protected)
         elif what == "suspect":
             actions = job.on_suspect(now, rank, generation, str(body))
         elif what == "goodbye":
@@ -994,16 +1003,18 @@ class Coordinator:
             return
         rosters = [self.world.decoded(caller.text) for caller in self.candidates]
         roster = newest(rosters)
-        if not (roster.members if TESTIFIES else roster.hosts):
+        if not roster.members:
             return
         voters = {rank: host for rank, (_, host) in roster.members.items()}
         former = {n for caller in self.candidates for n in caller.told.former} if TESTIFIES else set()
         heard = {caller.told.index for caller in self.candidates} | former
-        if has_quorum(voters, heard, self.dead - heard):
+        proven = {host.index for host in roster.hosts if host.proven}
+        dead = (self.dead | proven) - heard
+        if has_quorum(voters, heard, dead):
             self.take_over(roster)
             return
         for host in roster.hosts:
-            if host.index not in heard | self.dead | self.asking and not host.lost:
+            if host.index not in heard | dead | self.asking:
                 self.try_door(host.index, host.door)
 
     def take_over(self, roster: Roster) -> None:
@@ -1042,17 +1053,16 @@ class Coordinator:
         reached = self.world.reach(self.machine, machine)
         refused = reached and (machine.agent is None or machine.address != door)
 
-        def answered() -> None:
+        def again() -> None:
             self.asking.discard(index)
-            if not self.alive:
-                return
-            if self.job is not None:
+            self.elect()
+
+        def answered() -> None:
+            if self.job is not None and self.alive:
                 self.do(self.job.on_probe(self.world.now_ns, index, refused=refused))
             elif refused:
                 self.dead.add(index)
-                self.elect()
-            elif self.candidates:
-                self.world.after(PROBE_NS, self.elect)
+            self.world.after(0 if refused or self.job is not None else PROBE_NS, again)
 
         if reached:
             self.world.soon(answered)
@@ -1146,6 +1156,7 @@ class Fault:
     lasts_ns: int = 0  # of a cut; until a killed host is back (0: never)
     leader: bool = False  # the one in charge is among them
     safe: bool = False
+    hosts: tuple[int, ...] = ()  # these machines, not just any
 
 
 @dataclass(frozen=True, slots=True)
@@ -1188,16 +1199,18 @@ class World:
         self.orders: dict[int, int] = {}  # id of a form -> its place
         self.acted: dict[int, Form] = {}  # generation -> the form that somebody committed in
         self.newest_commit = -1
+        self.every: dict[tuple[int, int], Process] = {}
         self.voters: dict[int, Agent] = {}
         self.left: set[int] = set()
         self.stopped: StopJob | None = None
-        self.done = False
+        self.done = self.unasked = False
+        self.applied: dict[tuple[int, int], Process] = {}
         self.fired: list[str] = []
         self.seen: dict[str, int] = {}
         self.faults = list(scenario.faults)
         self.takeovers = self.stepped_down = self.self_fenced = self.rebuilt = self.skipped = 0
         self.rosters: dict[str, Roster] = {}
-        self.topologies: dict[str, tuple[int, int, list[int], Placement | None]] = {}
+        self.topologies: dict[str, tuple[int, int, dict[int, str], Placement | None]] = {}
         self.layouts: dict[str, Placement] = {}
         self.step_ms, self.copy_ms = self.chance.choice((20, 60, 120)), self.chance.choice((3.0, 12.0, 40.0))
         self.encode_ms = self.chance.choice((8.0, 40.0, 150.0))
@@ -1272,16 +1285,15 @@ class World:
             self.rosters[text] = Roster.decoded(text)
         return self.rosters[text]
 
-    def topology(self, text: str) -> tuple[int, int, list[int], Placement | None]:
+    def topology(self, text: str) -> tuple[int, int, dict[int, str], Placement | None]:
         if text not in self.topologies:
-            import json
-
             value = json.loads(text)
             layout = value["placement"]
             if layout is not None and layout not in self.layouts:
                 self.layouts[layout] = Placement.from_json(layout)
             placement = self.layouts[layout] if layout is not None else None
-            self.topologies[text] = value["number"], value["me"], [int(host) for host in value["hosts"]], placement
+            hosts = {int(host): str(address) for host, address in value["hosts"].items()}
+            self.topologies[text] = value["number"], value["me"], hosts, placement
         return self.topologies[text]
 
     # ---- what is held
@@ -1335,7 +1347,7 @@ class World:
             return
         del self.barriers[key]
         rows = [barrier.waiting[rank][1] for rank in sorted(barrier.waiting)]
-        kept = Kept.of(rows, form.placement)
+        kept = kept_of(rows, form.placement, process.kept if tag != "gate" else Kept())
         members = [entry[0].machine for entry in barrier.waiting.values()]
         for member, _, go_on in barrier.waiting.values():
             self.soon(lambda p=member, then=go_on: self.pass_barrier(p, form, members, lambda: then(kept)))
@@ -1396,9 +1408,10 @@ class World:
             elif source.rung == "peer":
                 ok = source.peer in members and members[source.peer].live == step
             else:
-                machines = {p.machine for p in members.values()}
+                machines = {m for m in self.machines if m.agent is not None and self.reach(m, process.machine)}
                 ok = all(self.reachable(peer, step, machines) for peer in self.peers(rank))
-            assert ok or form.fresh, f"{self}: rank {rank} cannot get step {step} from {source}"
+            # Whoever has left reports no more: that the last state is kept is the contract of leaving.
+            assert ok or form.fresh or (form.solo and step == UNTIL), f"{self}: rank {rank} cannot get step {step} from {source}"
 
     def reachable(self, slot: int, step: int, machines: set[Machine]) -> bool:
         """Whether the bytes exist there: whole, or k shards of each stripe, whatever number a host has now."""
@@ -1435,14 +1448,13 @@ class World:
         place = self.orders[id(form)]
         assert place >= self.newest_commit, f"{self}: {form} goes on although {self.forms[self.newest_commit][0]} did"
         assert self.acted.setdefault(form.generation, form) is form, f"{self}: two memberships are {form.generation}"
+        assert self.applied.setdefault((place, process.rank), process) is process, f"{self}: rank {process.rank} is two"
         if place > self.newest_commit:
             self.newest_commit = place
             self.voters = {}
-            for rank, incarnation, _, _ in form.members:
-                member = self.member(rank, incarnation)
-                if member is not None:
-                    self.voters[rank] = member.agent
-                    member.agent.voted = member.agent.me.index
+            for rank, incarnation, host, _ in form.members:
+                agent = self.voters[rank] = self.every[rank, incarnation].agent
+                agent.voted = host
         if process.live == UNTIL:
             self.happens("last", process.machine)
         self.happens("commit", process.machine)
@@ -1458,8 +1470,16 @@ class World:
     def stop(self, coordinator: Coordinator, stop: StopJob) -> None:
         """The job gives up: it must have to."""
         machines = {m for m in self.machines if m.agent is not None and self.reach(m, coordinator.machine)}
-        members = [p for p in self.processes() if p.machine in machines and p.form is None]
+        assert coordinator.job is not None
+        slots = coordinator.job.slots
+        number = {m: m.agent.me.index for m in machines if m.agent is not None}
+        members = [
+            p
+            for p in self.processes()
+            if p.machine in machines and (p.incarnation, number[p.machine]) == (slots[p.rank].incarnation, slots[p.rank].host)
+        ]
         homes = {p.machine for p in members}
+        self.unasked = self.recoverable(machines, members) > self.recoverable(homes, members)
         step = self.recoverable(homes, members)
         if stop.exit_code == 1 and "no host came" not in stop.reason and (step >= 0 and (not self.left or step == UNTIL)):
             raise AssertionError(f"{self}: stopped although step {step} could be had: {stop.reason}")
@@ -1467,10 +1487,14 @@ class World:
 
     def quorum_is_left(self) -> bool:
         """Whether those of the newest membership who live, and can hear each other, could decide."""
+        if self.newest_commit < 0:
+            return False  # before the first generation only the first coordinator may decide
+        if not TESTIFIES and any(m.agent is not None and m.agent.me.index < 0 for m in self.machines):
+            return False
         numbers = {agent: number for number, agent in enumerate(dict.fromkeys(self.voters.values()))}
         voters = {rank: numbers[agent] for rank, agent in self.voters.items()}
         for machine in self.machines:
-            if machine.agent is None:
+            if machine.agent is None or not machine.agent.roster.members:
                 continue
             heard = {n for agent, n in numbers.items() if agent.alive and self.reach(agent.machine, machine)}
             dead = {n for agent, n in numbers.items() if not agent.alive and self.reach(agent.machine, machine)}
@@ -1491,13 +1515,19 @@ class World:
         return max(led, key=lambda c: (len(c.agents), -c.machine.number), default=None)
 
     def tolerates(self) -> int:
+        """Hosts that may be lost now, by what the job says it has protected and by those who really live."""
         leader = self.leader()
-        status = leader.job._redundancy_status() if leader is not None and leader.job is not None else None
-        return int(str(status["losses_tolerated"])) if status is not None else 0
+        placement = leader.job._current if leader is not None and leader.job is not None else None
+        if leader is None or leader.job is None or placement is None or leader.job._protected[0] != placement.number:
+            return 0
+        living = {m.agent.me.index for m in self.machines if m.agent is not None and self.reach(m, leader.machine)}
+        lost = {host.host for host in placement.hosts} - living
+        return min(survivable(placement, lost).values(), default=0)
 
     def strike(self, fault: Fault) -> None:
-        if fault.safe and self.tolerates() < fault.count and not self.left:
-            self.after(100 * MS, lambda: self.strike(fault))
+        if fault.safe and self.tolerates() < fault.count:
+            if not self.left:
+                self.after(100 * MS, lambda: self.strike(fault))
             return
         living = [m for m in self.machines if m.agent is not None]
         leader = self.leader()
@@ -1506,7 +1536,7 @@ class World:
             living = [leader.machine, *self.chance.sample(living, len(living))]
         else:
             living = self.chance.sample(living, len(living))
-        victims = living[: fault.count]
+        victims = [self.machines[number] for number in fault.hosts] or living[: fault.count]
         self.fired.append(f"{fault.kind} {[m.number for m in victims]} at {self.now_ns / 1e9:.3f}")
         if fault.kind == "cut":
             self.cut(victims, fault.lasts_ns)

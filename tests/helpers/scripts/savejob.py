@@ -57,10 +57,9 @@ class Block(nn.Module):
 class Head:
     """Makes the last layer, whose matrix is the first one's; a factory, as every rank must know of the tie."""
 
-    holdfast_ties = {"weight": (0, "embed.weight")}
-
     def __init__(self, width: int) -> None:
         self.width = width
+        self.holdfast_ties = {"weight": (0, "embed.weight")}
 
     def __call__(self) -> nn.Module:
         return nn.Linear(self.width, WORDS, bias=False)
