@@ -67,6 +67,7 @@ class Control(control_pb2_grpc.ControlServicer):
         self._agents: dict[int, Caller] = {}
         self._candidates: set[Caller] = set()
         self._dead: set[int] = set()
+        self._asking: set[int] = set()
         self._in_charge = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._probes: set[asyncio.Task[None]] = set()
@@ -141,9 +142,7 @@ class Control(control_pb2_grpc.ControlServicer):
                 committed_ns = now_ns if foreign else int(body.committed_ns)
                 first = body.first_after_resume
                 actions = job.on_committed(rank, generation, int(body.step), committed_ns, body.loss, first)
-                if body.protected_placement:
-                    actions += job.on_protected(int(body.protected_placement), int(body.protected_step))
-                return actions
+                return actions + job.on_protected(int(body.protected_placement), int(body.protected_step))
             case "suspect":
                 return job.on_suspect(now_ns, rank, generation, message.suspect.what)
             case "goodbye":
@@ -243,15 +242,16 @@ class Control(control_pb2_grpc.ControlServicer):
         if self._job is not None or not self._candidates:
             return
         roster = newest(caller.roster for caller in self._candidates)
-        if not roster.hosts:
-            return
+        if not roster.members:
+            return  # before the first generation only the first coordinator may decide
         voters = {rank: host for rank, (_, host) in roster.members.items()}
         heard = {caller.told.index for caller in self._candidates}
-        if has_quorum(voters, heard, self._dead - heard):
+        dead = (self._dead | {host.index for host in roster.hosts if host.proven}) - heard
+        if has_quorum(voters, heard, dead):
             self._take_over(roster)
             return
         for host in roster.hosts:
-            if host.index not in heard | self._dead and not host.lost:
+            if host.index not in heard | dead | self._asking:
                 self._spawn(self._try_door(host.index, host.door))
 
     def _take_over(self, roster: Roster) -> None:
@@ -283,6 +283,7 @@ class Control(control_pb2_grpc.ControlServicer):
         """Connect to a host's door; only a refusal says something."""
         host, _, port = door.rpartition(":")
         refused = False
+        self._asking.add(index)
         try:
             async with asyncio.timeout(DOOR_S):
                 _, writer = await asyncio.open_connection(host, int(port))
@@ -295,10 +296,10 @@ class Control(control_pb2_grpc.ControlServicer):
             self._do(self._job.on_probe(time.monotonic_ns(), index, refused=refused))
         elif refused:
             self._dead.add(index)
-            self._elect()
-        elif self._candidates:
+        else:
             await asyncio.sleep(PROBE_NS / 1e9)
-            self._elect()
+        self._asking.discard(index)  # not before: each answer would ask all the others again
+        self._elect()
 
     # ---- admin --------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ class Roster:
     step: int = -1
     members: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # rank -> incarnation, host
     incarnations: Mapping[int, int] = field(default_factory=dict)
+    holders: Mapping[int, int] = field(default_factory=dict)  # rank -> host that has it, or was given it
     hosts: tuple[Host, ...] = ()
     placements: tuple[str, ...] = ()  # JSON, oldest first
 
@@ -72,9 +73,10 @@ class Roster:
             value: dict[str, Any] = json.loads(text)
             members = {int(rank): (int(pair[0]), int(pair[1])) for rank, pair in value["members"].items()}
             incarnations = {int(rank): int(number) for rank, number in value["incarnations"].items()}
+            holders = {int(rank): int(host) for rank, host in value["holders"].items()}
             hosts = tuple(Host(**host) for host in value["hosts"])
             numbers = int(value["number"]), int(value["generation"]), int(value["step"])
-            return Roster(*numbers, members, incarnations, hosts, tuple(map(str, value["placements"])))
+            return Roster(*numbers, members, incarnations, holders, hosts, tuple(map(str, value["placements"])))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ProtocolViolation(f"a roster that cannot be read: {error}") from None
 
@@ -149,11 +151,11 @@ class HostBook:
         return {index for index, host in self.all.items() if host.proven}
 
     def hello(self, now_ns: int, told: Host) -> Host | None:
-        """An agent introduces itself; None if it was given up under that number. A new one gets the next number."""
+        """An agent introduces itself; None if that number was given up, or is another's. A new one gets the next."""
         index = told.index if told.index >= 0 else max(self.all, default=-1) + 1
         known = self.all.get(index)
-        if known is not None and known.lost:
-            return None
+        if known is not None and (known.lost or known.door != told.door):
+            return None  # a door is an agent's own as long as it lives
         told.index, told.connected, told.heard_ns = index, True, now_ns
         self.all[index] = told
         return told

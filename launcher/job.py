@@ -31,6 +31,8 @@ from .membership import Membership
 from .slots import Joined
 
 PLACEMENTS_KEPT: Final = 4
+REBUILDS_TRIED: Final = 8
+"""Generations in a row that may fail to rebuild the same step: shards that are reported may yet be out of reach."""
 
 
 def fitting(text: str, hosts: int) -> Redundancy:
@@ -66,6 +68,7 @@ class Job(Membership):
         self._placements: list[Placement] = []
         self._current: Placement | None = None
         self._protected: tuple[int, int] = (-1, -1)  # placement, step
+        self._rebuilding = (-1, 0)  # step, how many generations in a row were to rebuild it
         self._warned = ""
 
     @staticmethod
@@ -78,8 +81,11 @@ class Job(Membership):
             job.book.all[host.index] = host
         for rank, incarnation in roster.incarnations.items():
             job.slots[rank].incarnation = incarnation
-        for rank, (_, index) in roster.members.items():
-            job.slots[rank].host = index
+        for rank, slot in job.slots.items():
+            slot.host = roster.holders.get(rank, -1)
+            if slot.host < 0 or (slot.host in job.book.all and job.book.all[slot.host].lost):
+                slot.incarnation += 1  # whoever was given it meanwhile is not known here
+                job._waiting[rank] = now_ns + job._wait_ns
         job._voters = {rank: index for rank, (_, index) in roster.members.items()}
         job._number, job.step = roster.number, roster.step
         job._placements = [Placement.from_json(text) for text in roster.placements]
@@ -98,7 +104,12 @@ class Job(Membership):
         actions: list[Action] = [Welcome(known.index)]
         if index != known.index or known.index not in self._voters.values():
             actions.append(Record({"event": "host_joined", "host": known.index, "name": known.name}))
+        ranks = list(ranks)
         actions += self.on_host_ranks(now_ns, known.index, ranks)
+        if self._voters:  # an order to start a rank may never have reached it
+            there = {rank for rank, _, _ in ranks}
+            given = [r for r, s in self.slots.items() if s.host == known.index and not s.finished and r not in there]
+            actions += [Adopt(known.index, rank, self.slots[rank].incarnation) for rank in given]
         return [*actions, *self._place_waiting(now_ns), self.tell()]
 
     def on_agent_beat(self, now_ns: int, index: int) -> list[Action]:
@@ -117,9 +128,20 @@ class Job(Membership):
     def on_probe(self, now_ns: int, index: int, *, refused: bool) -> list[Action]:
         """Its door was tried. Only a refusal is proof; an agent that lives connects again."""
         host = self.book.all.get(index)
-        if host is None or host.lost or host.connected or not refused:
+        if host is None or host.connected or not refused:
             return []
-        return self._host_lost(now_ns, host, "its agent is gone", proven=True)
+        host.proven = True
+        return self._give_up_dead(now_ns)
+
+    def _give_up_dead(self, now_ns: int) -> list[Action]:
+        """Hosts whose agents are gone, all of them at once: with each alone too few others might seem to be left."""
+        gone = [host for host in self.book.live().values() if host.proven]
+        if not gone or not self._has_quorum(now_ns):
+            return []
+        return [action for host in gone for action in self._host_lost(now_ns, host, "its agent is gone")]
+
+    def _has_quorum(self, now_ns: int) -> bool:
+        return has_quorum(self._voters, self.book.heard(now_ns), self.book.dead())
 
     def on_agent_failed(self, index: int, reason: str) -> list[Action]:
         """A host cannot go on, and the job with it."""
@@ -129,15 +151,16 @@ class Job(Membership):
     def on_tick(self, now_ns: int) -> list[Action]:
         """Time passed."""
         actions = super().on_tick(now_ns)
-        if len(self.book.live()) < 2:
-            return actions
-        for host in self.book.expired(now_ns):
-            silent_s = (now_ns - host.heard_ns) / 1e9
-            actions += self._host_lost(now_ns, host, f"silent for {silent_s:.1f} s", proven=False)
-        actions += self._ask(now_ns)
         late = sorted(rank for rank, until in self._waiting.items() if now_ns > until)
         if late:
             actions.append(StopJob(1, f"no host came for the ranks {', '.join(map(str, late))} of lost hosts"))
+        if len(self.book.live()) < 2:
+            return actions
+        actions += self._give_up_dead(now_ns)
+        for host in self.book.expired(now_ns):
+            silent_s = (now_ns - host.heard_ns) / 1e9
+            actions += self._host_lost(now_ns, host, f"silent for {silent_s:.1f} s")
+        actions += self._ask(now_ns)
         return actions
 
     def next_tick_ns(self) -> int | None:
@@ -154,11 +177,10 @@ class Job(Membership):
             return []
         return [Probe(host.index, host.door) for host in self.book.to_ask(now_ns)]
 
-    def _host_lost(self, now_ns: int, host: Host, reason: str, *, proven: bool) -> list[Action]:
-        heard = self.book.heard(now_ns)
-        if not has_quorum(self._voters, heard, self.book.dead() | ({host.index} if proven else set())):
+    def _host_lost(self, now_ns: int, host: Host, reason: str) -> list[Action]:
+        if not self._has_quorum(now_ns):
             return [StepDown(f"host {host.name} is lost ({reason}) and too few others are heard to go on")]
-        host.lost, host.proven, host.connected = reason, proven, False
+        host.lost, host.connected = reason, False
         if all(slot.ended for slot in self.slots.values()):
             return []  # the job is done, and its hosts leave
         ranks = [r for r, slot in self.slots.items() if slot.host == host.index and not slot.ended]
@@ -169,8 +191,9 @@ class Job(Membership):
         unfinished = [rank for rank in ranks if not self.slots[rank].finished]
         for rank in ranks:
             slot = self.slots[rank]
-            slot.alive = slot.connected = False
+            slot.alive = slot.connected = slot.finished = False
             slot.incarnation += 1
+            slot.host = -1
             self._waiting[rank] = now_ns + self._wait_ns
         actions += self._place_waiting(now_ns)
         if unfinished:
@@ -196,7 +219,13 @@ class Job(Membership):
     # ---- generations ----------------------------------------------------------------------------------
 
     def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
-        return decide_resume([joins[rank].report for rank in sorted(joins)], self._reachable(joins))
+        decision = decide_resume([joins[rank].report for rank in sorted(joins)], self._reachable(joins))
+        if isinstance(decision, Impossible):
+            return decision
+        rebuilt = tuple(rank for rank, source in sorted(decision.sources.items()) if source.rung == "parity")
+        before, tries = self._rebuilding
+        self._rebuilding = (decision.step, tries + 1 if before == decision.step else 1) if rebuilt else (-1, 0)
+        return decision if self._rebuilding[1] <= REBUILDS_TRIED else Impossible(decision.step, rebuilt)
 
     def _reachable(self, joins: Mapping[int, Joined]) -> dict[int, frozenset[int]]:
         """Slot -> steps that hosts hold, or can decode from what they hold."""
@@ -209,6 +238,10 @@ class Job(Membership):
                 held = parity.setdefault(number, {})
                 held[stripe, index] = held.get((stripe, index), frozenset()) | steps
         found = dict(data)
+        if self._current is not None and any(slot.finished for slot in self.slots.values()):
+            # Nobody leaves before the last state is kept everywhere, and hosts whose ranks have left report nothing.
+            until = max(joined.until for joined in joins.values())
+            found |= {rank: found.get(rank, frozenset()) | {until} for rank in self.slots}
         for placement in self._placements:
             for slot, steps in decodable(placement, data, parity.get(placement.number, {})).items():
                 found[slot] = found.get(slot, frozenset()) | steps
@@ -260,7 +293,9 @@ class Job(Membership):
         return actions
 
     def on_protected(self, placement: int, step: int) -> list[Action]:
-        """A rank says which step every host has protected, under which placement."""
+        """A rank says which step every host has protected, under which placement; 0: none any more."""
+        if placement == 0:
+            self._protected = (-1, -1)
         if self._current is None or placement != self._current.number or step <= self._protected[1]:
             return []
         first = self._protected[0] != placement
@@ -279,6 +314,7 @@ class Job(Membership):
             step=self.step,
             members={r: (self.slots[r].incarnation, host) for r, host in self._voters.items()},
             incarnations={rank: slot.incarnation for rank, slot in self.slots.items()},
+            holders={rank: slot.host for rank, slot in self.slots.items() if rank not in self._waiting},
             hosts=tuple(self.book.all.values()),
             placements=tuple(placement.to_json() for placement in self._placements),
         )

@@ -167,6 +167,9 @@ class Membership:
         slot = self.slots[rank]
         if joined.incarnation < slot.incarnation:
             return []
+        if generation > self.generation:
+            self.generation = generation  # begun by a coordinator that is gone
+            return self._begin(now_ns, f"rank {rank} waits for a generation of another coordinator")
         if generation != self.generation or self.state is not State.FORMING:
             return [Fence(self.generation, "a newer generation", (rank,))] if generation < self.generation else []
         self._joins[rank] = joined

@@ -99,8 +99,8 @@ def plan_saving(arguments: argparse.Namespace, hosts: int) -> Saving:
         raise ConfigError("--resume latest needs --checkpoint-dir; or give --resume the path of a checkpoint")
     if folder is not None and hosts > 1:
         raise ConfigError(
-            "--checkpoint-dir is for jobs of one host so far; on several hosts --resume PATH works, with the checkpoint "
-            "at PATH on each"
+            "--checkpoint-dir is for jobs of one host so far; on several hosts --resume PATH works, the checkpoint "
+            "being at PATH on each"
         )
     if folder is not None and arguments.snapshots == "off":
         raise ConfigError(

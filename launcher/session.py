@@ -15,6 +15,7 @@ which is the same for all agents, so that they meet. Not here: what orders mean.
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
 import time
@@ -35,6 +36,10 @@ RETRY_S: Final = 0.25
 LEADER_RETRY_S: Final = 2.0
 """A coordinator whose agent lives is restarted in less; after this the others are asked."""
 CONNECT_S: Final = 0.4
+STANDBY_S: Final = 4.0
+"""A coordinator that is not in charge answers in less, one way or the other."""
+SETTLES: Final = 0.75
+"""How often the first coordinator that answers is asked again, not the next: all agents come to it."""
 _OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -83,7 +88,8 @@ class CoordinatorSession:
         self._roster = Roster()
         self._closed = False
         self._call: Any = None
-        self._heard_s = time.monotonic()
+        self._heard_s = self._called_s = time.monotonic()
+        self._welcomed = False
         self._thread = threading.Thread(target=self._run, name="holdfast-session", daemon=True)
         self._beats = threading.Thread(target=self._beat, name="holdfast-beat", daemon=True)
 
@@ -167,8 +173,14 @@ class CoordinatorSession:
                     return
                 call = self._call
                 self._outbox.put(pb.AgentMessage(beat=pb.Beat()))
-            if call is not None and self.silence_s > SILENT_NS / 1e9 and self._several():
+            if call is not None and self._several() and self._is_silent():
                 call.cancel()
+
+    def _is_silent(self) -> bool:
+        """Whether the coordinator that we talk to is cut off; one that is not in charge may take a while to be."""
+        if self._welcomed:
+            return self.silence_s > SILENT_NS / 1e9
+        return time.monotonic() - max(self._heard_s, self._called_s) > STANDBY_S
 
     def _run(self) -> None:
         asked, turn, failing_s = "", 0, 0.0
@@ -184,16 +196,16 @@ class CoordinatorSession:
             address = asked = choices[turn % len(choices)]
             failing_s = failing_s or time.monotonic()
             welcomed = False
-            if len(choices) == 1 or answers(address):
+            reached = len(choices) == 1 or answers(address)
+            if reached:
                 # A broken stream is no news: the coordinator's process is watched elsewhere.
                 with contextlib.suppress(grpc.RpcError):
                     welcomed = self._stream(address)
             if welcomed:
                 asked, turn, failing_s = "", 0, 0.0
             elif not self._stay(address, time.monotonic() - failing_s):
-                turn += 1
-                if turn % len(choices):
-                    asked = ""
+                turn = 0 if reached and random.random() < SETTLES else turn + 1
+                asked = "" if turn % len(choices) else choices[0]  # a pause before each walk
 
     def _stay(self, address: str, failing_s: float) -> bool:
         """Whether to ask the same coordinator again: the last leader's agent, if it lives, restarts it."""
@@ -213,12 +225,12 @@ class CoordinatorSession:
                 call = control_pb2_grpc.ControlStub(channel).AgentSession(
                     iter(outbox.get, None), metadata=[(TOKEN_HEADER, self._token)]
                 )
-                self._call = call
+                self._call, self._called_s, self._welcomed = call, time.monotonic(), False
             try:
                 for order in call:
                     self._heard_s = time.monotonic()
                     if not welcomed and order.WhichOneof("body") == "welcome":
-                        welcomed = True
+                        welcomed = self._welcomed = True
                         self._welcome(address, order.welcome)
                     elif order.WhichOneof("body") == "roster":
                         self._learn(order.roster.json)

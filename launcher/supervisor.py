@@ -233,7 +233,7 @@ class Supervisor:
             if self._refill is not None:
                 self._refill_if_due()
         silence_s = self._session.silence_s if self._several else 0.0
-        if silence_s > self._fence_s:
+        if silence_s > self._fence_s and self._watcher.slots:
             self._fence(f"no coordinator was heard for {silence_s:.1f} s")
         if silence_s > GONE_S and not self._done:
             self._end_job(
@@ -371,9 +371,10 @@ class Supervisor:
 
     def _fence(self, reason: str) -> None:
         with self._lock:
-            if self._frozen or not self._watcher.slots:
+            if self._frozen:
                 return
-            tell(f"{reason}: the ranks of this host end, it waits to be given others")
+            if self._watcher.slots:
+                tell(f"{reason}: the ranks of this host end, it waits to be given others")
             assert self._link is not None
             for slot in self._watcher.slots.values():
                 if slot.state is State.RUNNING:

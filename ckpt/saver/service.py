@@ -95,7 +95,8 @@ class Saver:
 
     def run(self) -> bool:
         """Until stop(), or until there is no snapshot manager any more (False)."""
-        threading.Thread(target=self._beat, name="saver-beat", daemon=True).start()
+        beats = threading.Thread(target=self._beat, name="saver-beat", daemon=True)
+        beats.start()
         try:
             self._clear_leftovers()
             since = 0
@@ -117,6 +118,7 @@ class Saver:
         finally:
             self._page.due = int(NO_STEP)
             self._ended.set()
+            beats.join()
 
     # ---- the manager ----------------------------------------------------------------------------------
 

@@ -89,6 +89,11 @@ class Shelf:
 
     # ---- what the saver calls -------------------------------------------------------------------------
 
+    def connect(self) -> Shelf:
+        if self.lost:
+            raise PeerLost("no snapshot manager")
+        return self
+
     def list(self) -> tuple[HalfInfo, ...]:
         if self.lost:
             raise PeerLost("lost the snapshot manager")

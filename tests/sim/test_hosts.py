@@ -21,13 +21,9 @@ from __future__ import annotations
 import heapq
 import inspect
 import json
-import os
 import random
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-
-import pytest
 
 from holdfast.ckpt.memory.placement import Placement, survivable
 from holdfast.ckpt.memory.protect.parity import choose_half as choose_parity_half
@@ -373,7 +369,12 @@ class Process:
             generation, live = self.current, self.live
             pipe.send(0, lambda: coordinator.rank_hello(self, pipe, generation, live))
             pending = ("join", self.asked, self.join_message) if self.asked and RESENDS else None
-            again_said = [pending, *(self.published if self.current == self.target else ()), self.suspicion, self.farewell]
+            again_said = [
+                pending,
+                *(self.published if self.current == self.target else ()),
+                self.suspicion,
+                self.farewell,
+            ]
             waiting, self.outbox = self.outbox, []
             waiting = [m for m in waiting if m[0] in ("restored", "committed", "goodbye", "join")]
             for message in [*again_said, *waiting]:
@@ -788,7 +789,7 @@ class Agent:
     # ---- ranks
 
     def start(self, rank: int, incarnation: int) -> None:
-        if not self.alive or self.slots.get(rank, 99999) >= incarnation and incarnation:
+        if not self.alive or (self.slots.get(rank, 99999) >= incarnation and incarnation):
             return
         self.slots[rank] = self.live[rank] = incarnation
         self.finished.pop(rank, None)
@@ -1374,7 +1375,9 @@ class World:
         self.orders[id(form)] = len(self.forms) - 1
         members = {rank: self.member(rank, incarnation) for rank, incarnation, _, _ in form.members}
         self.check_side(form, coordinator, members)
-        if all(process is not None and self.reach(process.machine, coordinator.machine) for process in members.values()):
+        if all(
+            process is not None and self.reach(process.machine, coordinator.machine) for process in members.values()
+        ):
             self.check_sources(form, {rank: process for rank, process in members.items() if process is not None})
 
     def dead_letter(self, form: Form) -> bool:
@@ -1411,7 +1414,9 @@ class World:
                 machines = {m for m in self.machines if m.agent is not None and self.reach(m, process.machine)}
                 ok = all(self.reachable(peer, step, machines) for peer in self.peers(rank))
             # Whoever has left reports no more: that the last state is kept is the contract of leaving.
-            assert ok or form.fresh or (form.solo and step == UNTIL), f"{self}: rank {rank} cannot get step {step} from {source}"
+            assert ok or form.fresh or (form.solo and step == UNTIL), (
+                f"{self}: rank {rank} cannot get step {step} from {source}"
+            )
 
     def reachable(self, slot: int, step: int, machines: set[Machine]) -> bool:
         """Whether the bytes exist there: whole, or k shards of each stripe, whatever number a host has now."""
@@ -1476,12 +1481,17 @@ class World:
         members = [
             p
             for p in self.processes()
-            if p.machine in machines and (p.incarnation, number[p.machine]) == (slots[p.rank].incarnation, slots[p.rank].host)
+            if p.machine in machines
+            and (p.incarnation, number[p.machine]) == (slots[p.rank].incarnation, slots[p.rank].host)
         ]
         homes = {p.machine for p in members}
         self.unasked = self.recoverable(machines, members) > self.recoverable(homes, members)
         step = self.recoverable(homes, members)
-        if stop.exit_code == 1 and "no host came" not in stop.reason and (step >= 0 and (not self.left or step == UNTIL)):
+        if (
+            stop.exit_code == 1
+            and "no host came" not in stop.reason
+            and (step >= 0 and (not self.left or step == UNTIL))
+        ):
             raise AssertionError(f"{self}: stopped although step {step} could be had: {stop.reason}")
         self.stopped = stop
 
