@@ -14,12 +14,13 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from protected import Cluster, content, entries_of
+
 from holdfast.ckpt.memory.placement import HostInfo, Placement, Redundancy, SlotInfo, place
 from holdfast.ckpt.memory.protect.client import ProtectorClient
 from holdfast.ckpt.memory.protect.deliver import Delivery, Work
 from holdfast.ckpt.memory.table import ALIGN_BYTES, HEADER_BYTES, aligned, layout
 from holdfast.proto.errors import SnapshotError
-from protected import Cluster, content, entries_of
 
 
 class Meter:

@@ -98,6 +98,8 @@ class Replicas:
         self._condemned: set[tuple[int, int]] = set()
         self.counters = ReplicaCounters()
         self.error = ""
+        self.mismatch = ""
+        """The last difference, whatever was protected since."""
 
     def lay(self, placement: Placement | None, me: int) -> None:
         """The layout from now on."""
@@ -269,7 +271,7 @@ class Replicas:
         self._condemned.add((placement.number, step))
         self._store.abandon(placement.number, step)
         self.counters.replica_mismatches += 1
-        self.error = (
+        self.error = self.mismatch = (
             f"replicas differ after step {step}: the state that host {self._me} computed is not that of "
             f"{', '.join(differ)}; silent corruption in one of these hosts, and step {step} is not protected"
         )

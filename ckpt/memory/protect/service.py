@@ -298,6 +298,7 @@ class Protector:
             },
             "error": next((error for error in errors if error), ""),
             "errors": dict(zip(("replicas", "encode", "repair", "digest"), errors, strict=True)),
+            "mismatch": self._replicas.mismatch,
             "hosts": sorted(self._peers.inventories()),
             "pid": os.getpid(),
         }
