@@ -112,7 +112,9 @@ class Redundancy:
             self._rebuilding = None
 
     def interrupt(self) -> None:
-        """End a rebuild that is under way (any thread): a newer generation decides anew."""
+        """End a rebuild or delivery that is under way (any thread): a newer generation decides anew."""
+        if (delivery := self._delivery) is not None:
+            delivery.stop()
         if (client := self._rebuilding) is not None:
             client.close()
 

@@ -12,7 +12,7 @@ read here is that of the owner's snapshot, gaps included, as long as both hold t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,16 @@ from .state import Entry
 
 def shares(entries: Sequence[Entry], holders: Sequence[int]) -> dict[int, list[Entry]]:
     """Each holder's share of `entries`, all of which every holder has; whole parameters, in the given order."""
+    if len(holders) == 1:
+        return {holders[0]: list(entries)}
     sizes: dict[str, int] = {}
     for entry in entries:
         sizes[entry.name] = sizes.get(entry.name, 0) + entry.tensor.numel() * entry.tensor.element_size()
     owners = assign_owners(sizes, holders)
-    return {holder: [entry for entry in entries if owners[entry.name] == holder] for holder in holders}
+    split: dict[int, list[Entry]] = {holder: [] for holder in holders}
+    for entry in entries:
+        split[owners[entry.name]].append(entry)
+    return split
 
 
 def marked(metadata: Any, *, replicated: bool) -> Any:
@@ -107,6 +112,8 @@ class TensorImage:
         return tensor.reshape(-1).view(torch.uint8)
 
 
-def images_of(split: Mapping[int, Sequence[Entry]], device: Device, mark: Any) -> dict[int, TensorImage]:
-    """Slot -> its image."""
-    return {slot: TensorImage(entries, device, mark) for slot, entries in split.items()}
+def images_of(
+    split: Mapping[int, Sequence[Entry]], slots: Iterable[int], device: Device, mark: Any
+) -> dict[int, TensorImage]:
+    """The images of these slots, of those that are replicated here."""
+    return {slot: TensorImage(split[slot], device, mark) for slot in slots if slot in split}

@@ -164,7 +164,8 @@ class Snapshots:
                 self._steps[job.half] = job.step
                 self._session.lease.snapshot(job.step, self.skipped)
                 if work is not None:
-                    self._redundancy.deliver(work, images_of(job.replicas, self._engine.device, job.mark))
+                    images = images_of(job.replicas, work.slots, self._engine.device, job.mark)
+                    self._redundancy.deliver(work, images)
             except Exception as error:  # whatever it is, training goes on: unprotected, and said so
                 self._skip(str(error))
                 self._reconnect()
@@ -174,9 +175,8 @@ class Snapshots:
 
     def _copy(self, job: _Copy) -> Work | None:
         """Fill a half: FILLING, bytes, COPIED. Returns the parity to compute next."""
-        work = None
-        if self._redundancy.keep(job.protected) and job.replicas:
-            work = self._redundancy.announce(self._slot, job.step)
+        heard = self._redundancy.keep(job.protected)
+        work = self._redundancy.announce(self._slot, job.step) if heard and job.replicas else None
         arena_entries = [arena_entry(entry.name, entry.state, entry.tensor) for entry in job.entries]
         mapped = self._arena(job.half, arena_entries, job.metadata)
         half = mapped.half

@@ -1,4 +1,4 @@
-"""Data-parallel jobs over hosts: parity of their state crosses no network, and makes up for a lost host all the same."""
+"""Data-parallel jobs over hosts: parity of their state crosses no network, and makes up for lost hosts all the same."""
 
 from __future__ import annotations
 
@@ -93,3 +93,19 @@ def test_replicated_state_is_protected_without_the_network_and_survives_a_host(
     assert compare(ended, unbroken) == []
     assert count(job, "recovery") == 1
     assert count(job, "replica_mismatch") == 0
+
+
+def test_a_replica_that_goes_wrong_is_told_to_the_operator_and_what_it_trains_is_not_protected(run: Any) -> None:
+    flip = 8
+    job = run("1+1", 2, "--replicas", "2", "--stages", "1", "--flip", f"1:{flip}")
+    wait_for(lambda: count(job, "replica_mismatch") > 0, END_S, "the difference")
+    told = next(event for event in job.events() if event["event"] == "replica_mismatch")
+    assert flip < told["step"] <= flip + 12, "not noticed for long"
+    for words in ("slot", "first at block", "silent corruption"):
+        assert words in told["reason"], told["reason"]
+    seen = steps_of(job)
+    wait_for(lambda: steps_of(job) >= min(seen + 4, STEPS - 2), END_S, "training goes on")
+    assert min(status_of(host)["protected"] for host in job.hosts) <= flip
+    ended = job.wait(END_S)
+    assert ended.code == 0, ended.err
+    assert "warning: replicas differ after step" in ended.err

@@ -57,6 +57,11 @@ class Work:
     chunk: int
     rows: tuple[Row, ...]
 
+    @property
+    def slots(self) -> frozenset[int]:
+        """Whose images it takes."""
+        return frozenset(slot for row in self.rows for slot, _, _ in row.data)
+
     @staticmethod
     def of(step: int, reply: Mapping[str, Any]) -> Work:
         """What the protector answered."""
@@ -81,25 +86,33 @@ class Delivery:
         self._slot = slot
         self._ring: memoryview | None = None
         self._room: list[memoryview] = []
+        self._stopped = False
 
     def announce(self, step: int, placement: int) -> Work | None:
         """This rank is about to keep `step`, and will deliver what is returned; None: there is nothing to deliver."""
+        self._stopped = False
         reply = self._client.announce(self._slot, step, placement)
         work = Work.of(step, reply)
         return work if work.rows else None
 
     def deliver(self, work: Work, images: Mapping[int, Image]) -> int:
         """Compute and hand over all rows; the bytes of parity. SnapshotError: the protector goes another way."""
-        missing = sorted({slot for row in work.rows for slot, _, _ in row.data} - images.keys())
+        missing = sorted(work.slots - images.keys())
         if missing:
             raise SnapshotError("parity of images of which this rank has no replica", slots=missing)
         for row in work.rows:
             self._deliver_row(work, row, images)
         return len(work.rows) * work.chunk
 
+    def stop(self) -> None:
+        """End a delivery that is under way (any thread): a recovery is not to wait for it."""
+        self._stopped = True
+
     def _deliver_row(self, work: Work, row: Row, images: Mapping[int, Image]) -> None:
         blocks = -(-work.chunk // BLOCK_BYTES)
         for first in range(0, blocks, RING_BLOCKS):
+            if self._stopped:
+                raise SnapshotError("the generation is over", step=work.step)
             count = min(RING_BLOCKS, blocks - first)
             digests = [bytearray() for _ in row.data]
             parity = bytearray()
