@@ -142,7 +142,10 @@ class Control(control_pb2_grpc.ControlServicer):
                 committed_ns = now_ns if foreign else int(body.committed_ns)
                 first = body.first_after_resume
                 actions = job.on_committed(rank, generation, int(body.step), committed_ns, body.loss, first)
-                return actions + job.on_protected(int(body.protected_placement), int(body.protected_step))
+                actions += job.on_protected(int(body.protected_placement), int(body.protected_step))
+                if body.replica_mismatch:
+                    actions += job.on_mismatch(rank, int(body.step), body.replica_mismatch)
+                return actions
             case "suspect":
                 return job.on_suspect(now_ns, rank, generation, message.suspect.what)
             case "goodbye":

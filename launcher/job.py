@@ -70,6 +70,7 @@ class Job(Membership):
         self._protected: tuple[int, int] = (-1, -1)  # placement, step
         self._rebuilding = (-1, 0)  # step, how many generations in a row were to rebuild it
         self._warned = ""
+        self._mismatch = ""
 
     @staticmethod
     def from_roster(world_size: int, roster: Roster, now_ns: int, **options: object) -> Job:
@@ -302,6 +303,14 @@ class Job(Membership):
         self._protected = (placement, step)
         tolerance = {"losses_tolerated": self._current.m}
         return [Record({"event": "protected", "placement": placement, "step": step, **tolerance})] if first else []
+
+    def on_mismatch(self, rank: int, step: int, reason: str) -> list[Action]:
+        """A rank's host found replicas that differ. Every rank of that host may say so: the operator hears it once."""
+        if reason == self._mismatch:
+            return []
+        self._mismatch = reason
+        found = {"rank": rank, "host": self.slots[rank].host, "step": step, "reason": reason}
+        return [Record({"event": "replica_mismatch", **found}), Announce(f"warning: {reason}")]
 
     # ---- what others are told ---------------------------------------------------------------------------
 

@@ -46,14 +46,19 @@ def as_cpu(tensor: Any) -> torch.Tensor:
 
 
 def whole_sizes(
-    entries: Iterable[Entry], future: Iterable[tuple[str, str, torch.Tensor]], metadata: Any
+    entries: Iterable[Entry], future: Iterable[tuple[str, str, torch.Tensor]], metadata: Any, *, replicated: bool
 ) -> tuple[int, int]:
-    """Bytes of the image and of the arena of `entries`, and of what the optimizer will add to them."""
+    """Bytes of the image and of the arena of `entries`, and of what the optimizer will add to them.
+
+    The image of replicated state ends before the extra tensors. It may hold nothing: small models have fewer parameters
+    than holders. It is protected all the same, so it counts a page.
+    """
     shapes = [arena_entry(entry.name, entry.state, entry.tensor) for entry in entries]
     known = {(entry.name, entry.state) for entry in shapes}
     owned = {entry.name for entry in shapes}
     for name, state, tensor in future:
         if name in owned and (name, state) not in known:
             shapes.append(arena_entry(name, state, tensor))
-    image = aligned(layout(shapes)[1], HEADER_BYTES) - HEADER_BYTES
-    return image, arena_bytes(shapes, metadata)
+    inside = [shape for shape in shapes if not replicated or shape.state != "extra"]
+    image = aligned(layout(inside)[1], HEADER_BYTES) - HEADER_BYTES
+    return max(image, HEADER_BYTES), arena_bytes(shapes, metadata)

@@ -303,7 +303,8 @@ class Engine:
         self.kept = gathered.kept
         self.report = StepReport(step, gathered.loss, gathered.tokens, norm, lr, skipped, self.kept.sealed)
         lease.committed(step, gathered.loss, seconds, gathered.tokens)
-        self._session.committed(step, gathered.loss, self.kept, first=self._first_after_resume, tell=first)
+        alarm = self.snapshots.alarm()
+        self._session.committed(step, gathered.loss, self.kept, first=self._first_after_resume, tell=first, alarm=alarm)
         self._first_after_resume = False
         self.snapshots.begin(step, self.kept)
 

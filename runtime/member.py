@@ -244,7 +244,14 @@ class Member:
         self._outbox.put(pb.RankMessage(generation=generation, restored=body))
 
     def committed(
-        self, generation: int, step: int, loss: float, *, first: bool, protected: tuple[int, int] = (0, -1)
+        self,
+        generation: int,
+        step: int,
+        loss: float,
+        *,
+        first: bool,
+        protected: tuple[int, int] = (0, -1),
+        alarm: str = "",
     ) -> None:
         """A step was committed; `protected`: placement and newest step that every host has protected. Never waits."""
         body = pb.Committed(
@@ -254,6 +261,7 @@ class Member:
             first_after_resume=first,
             protected_placement=protected[0],
             protected_step=protected[1],
+            replica_mismatch=alarm,
         )
         self._outbox.put(pb.RankMessage(generation=generation, committed=body))
 

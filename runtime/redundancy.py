@@ -1,7 +1,7 @@
 """A rank's view of the parity that its host keeps: what is protected, what is held, and how to get a slot rebuilt.
 
     page (shared word) ──▶ protected(): newest step whose parity this host holds, without a call
-    protector          ◀── keep(step), rebuild(slot, step)
+    protector          ◀── keep(step), rebuild(slot, step), announce(step) and deliver(parity of replicated state)
 
 Everything is best effort but rebuild: without a protector training goes on unprotected, and says so. Not here:
 encoding and decoding (ckpt/memory/protect), who keeps what (the placement, made by the coordinator).
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import Final
 
 from holdfast.ckpt.memory.client import SmpClient
 from holdfast.ckpt.memory.protect.client import NO_DUTY, PARITY_SLOT, Page, ProtectorClient, Rebuilt
+from holdfast.ckpt.memory.protect.deliver import Delivery, Image, Work
 from holdfast.proto.errors import HoldfastError, PeerLost, SnapshotError
 from holdfast.proto.ids import NO_STEP
 
@@ -29,13 +31,16 @@ REBUILD_S: Final = 600.0
 
 
 class Redundancy:
-    """See the module's docstring. `protected` on the main thread, `keep` on the copy thread, never both at once."""
+    """`protected` is of the main thread, `keep` and deliveries of the copy thread, never both at once."""
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
         self._client: ProtectorClient | None = None
         self._page: Page | None = None
         self._rebuilding: ProtectorClient | None = None
+        self._delivery: Delivery | None = None
+        self._alarms = 0
+        self._alarm = ""
         self.placement = 0
         """Number of the placement of this generation; 0: the job has no parity."""
 
@@ -47,17 +52,49 @@ class Redundancy:
             if self._page is None:
                 self._page = self._connected().page()
             placement, step = self._page.read()
+            self._look(self._page.alarms())
         except HoldfastError as error:
             self._lost(error)
             return 0, NO_STEP
         return max(0, placement), STEP_MAX if step >= NO_DUTY else step
 
-    def keep(self, step: int) -> None:
-        """`step` is protected on every host: nobody overwrites its parity until a newer one is."""
-        if not self._identity.protector or step == NO_STEP:
-            return
+    def alarm(self) -> str:
+        """That replicas were found to differ, in words, once; empty if they were not."""
+        found, self._alarm = self._alarm, ""
+        return found
+
+    def keep(self, step: int) -> bool:
+        """`step` is protected on every host: nobody overwrites its parity until a newer one is. False: nobody heard."""
+        if not self._identity.protector:
+            return False
+        if step == NO_STEP:
+            return True
         try:
             self._connected().keep(step)
+        except HoldfastError as error:
+            self._lost(error)
+            return False
+        return True
+
+    def announce(self, slot: int, step: int) -> Work | None:
+        """This rank is about to keep `step` in `slot`: the parity that it can compute for its host."""
+        if not self._identity.protector or not self.placement:
+            return None
+        try:
+            if self._delivery is None:
+                self._delivery = Delivery(self._connected(), slot)
+            return self._delivery.announce(step, self.placement)
+        except HoldfastError as error:
+            self._lost(error)
+            return None
+
+    def deliver(self, work: Work, images: Mapping[int, Image]) -> None:
+        """Compute it, from this rank's replica. Without it the protector fetches the data."""
+        try:
+            if self._delivery is not None:
+                self._delivery.deliver(work, images)
+        except SnapshotError as error:
+            log.info("parity of step %d is not computed here: %s", work.step, error)
         except HoldfastError as error:
             self._lost(error)
 
@@ -75,9 +112,18 @@ class Redundancy:
             self._rebuilding = None
 
     def interrupt(self) -> None:
-        """End a rebuild that is under way (any thread): a newer generation decides anew."""
+        """End a rebuild or delivery that is under way (any thread): a newer generation decides anew."""
+        if (delivery := self._delivery) is not None:
+            delivery.stop()
         if (client := self._rebuilding) is not None:
             client.close()
+
+    def _look(self, alarms: int) -> None:
+        """Learn why, if replicas were found to differ since."""
+        if alarms > self._alarms:
+            self._alarm = str(self._connected().status()["mismatch"])
+            self._alarms = alarms
+            log.error("%s", self._alarm)
 
     def _connected(self) -> ProtectorClient:
         if self._client is None:
@@ -94,7 +140,7 @@ class Redundancy:
                 self._page.close()
             if self._client is not None:
                 self._client.close()
-        self._client, self._page = None, None
+        self._client, self._page, self._delivery, self._alarms = None, None, None, 0
 
 
 def held_parity(client: SmpClient) -> dict[tuple[int, int, int], list[int]]:

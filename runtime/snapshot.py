@@ -6,9 +6,9 @@
     the barrier of s+1 tells every rank which halves all have; the newest step that all hold is kept
 
 Parameters and moments change only inside optimizer.step(), so a copy between two of them is consistent
-without copy-on-write. State that is replicated over n ranks is copied 1/n by each. Trouble with the manager
-never reaches training: the snapshot is skipped and counted, and the arenas are offered again to the next
-manager. Invariants:
+without copy-on-write. State that is replicated over n ranks is copied 1/n by each; parity of the others' shares is
+then computed from this rank's replica (replica.py). Trouble with the manager never reaches training: the snapshot is
+skipped and counted, and the arenas are offered again to the next manager. Invariants:
 
 * the half that holds the newest step which every rank holds, or the newest with parity, is never overwritten;
 * a half is FILLING before its first byte changes, and COPIED only after its last one is in place.
@@ -29,14 +29,8 @@ from holdfast.ckpt.memory.arena import ArenaEntry, Table, arena_bytes
 from holdfast.ckpt.memory.client import SmpClient
 from holdfast.ckpt.memory.memfd import MappedHalf
 from holdfast.ckpt.memory.protect.client import PARITY_SLOT
-from holdfast.ckpt.pieces import assign_owners
-from holdfast.proto.errors import (
-    ConfigError,
-    PeerLost,
-    SnapshotCorrupt,
-    SnapshotError,
-    SnapshotIncomplete,
-)
+from holdfast.ckpt.memory.protect.deliver import Work
+from holdfast.proto.errors import ConfigError, PeerLost, SnapshotCorrupt, SnapshotError, SnapshotIncomplete
 from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
@@ -46,6 +40,7 @@ from .hold import Hold
 from .keep import choose
 from .member import Formed
 from .redundancy import Redundancy, held_parity
+from .replica import clear_gaps, images_of, marked, shares, unmarked
 from .state import Entry
 
 if TYPE_CHECKING:
@@ -68,6 +63,8 @@ class _Copy:
     metadata: Any
     mark: Any
     protected: int
+    replicas: dict[int, list[Entry]]
+    """What each of its holders keeps of replicated state; empty if parity of it is not computed here."""
 
 
 class Snapshots:
@@ -109,6 +106,10 @@ class Snapshots:
         """What this rank brings to gather.Kept."""
         return [*self.steps(), *self._redundancy.protected(), self.saver.due(self.steps())]
 
+    def alarm(self) -> str:
+        """That replicas were found to differ, once."""
+        return self._redundancy.alarm()
+
     # ---- every step ---------------------------------------------------------------------------------
 
     def begin(self, step: int, kept: Kept, *, must: bool = False) -> None:
@@ -124,37 +125,29 @@ class Snapshots:
             self.skipped += 1
             self._session.lease.snapshot(max(self.steps()), self.skipped)
             return
-        entries, meta = self._captured()
+        entries, meta, split = self._captured()
         self._steps[half] = NO_STEP
         self._idle.clear()
         early = {i: e.tensor.clone() for i, e in enumerate(entries) if e.early}
         entries = [Entry(e.name, e.state, early.get(i, e.tensor)) for i, e in enumerate(entries)]
-        self._jobs.put(_Copy(step, half, entries, meta, self._engine.device.mark(), kept.protected))
+        # A step that is redone need not have the same bytes unless steps are exact: replicas are not compared then.
+        replicas = split if len(split) > 1 and self._engine.config.exact else {}
+        self._jobs.put(_Copy(step, half, entries, meta, self._engine.device.mark(), kept.protected, replicas))
 
-    def _captured(self) -> tuple[list[Entry], Any]:
-        """What this rank keeps of the state as it is now. Raises ConfigError for what it cannot keep."""
-        entries = self._owned(self._engine.state.entries())
+    def _captured(self) -> tuple[list[Entry], Any, dict[int, list[Entry]]]:
+        """What this rank keeps of the state, and each holder's share of it. ConfigError for what it cannot keep."""
+        split = shares(self._engine.state.entries(), self._engine.peers())
+        entries = list(split[self._slot])
         meta, extra = blob.encode(self._engine.metadata(), is_tensor=lambda v: isinstance(v, torch.Tensor))
         entries += [Entry(path, "extra", as_cpu(tensor)) for path, tensor in extra]
         for entry in entries:
             if entry.tensor.dtype not in DTYPES:
                 raise ConfigError(f"cannot capture {entry.name}: its type is {entry.tensor.dtype}")
-        return entries, meta
+        return entries, marked(meta, replicated=len(split) > 1), split
 
     def fence(self) -> None:
         """Wait until the copy under way is whole: the optimizer is about to change what it reads."""
         self._idle.wait()
-
-    def _owned(self, entries: list[Entry]) -> list[Entry]:
-        """This rank's share of what its replicas hold too."""
-        peers = self._engine.peers()
-        if len(peers) == 1:
-            return entries
-        sizes: dict[str, int] = {}
-        for entry in entries:
-            sizes[entry.name] = sizes.get(entry.name, 0) + entry.tensor.numel() * entry.tensor.element_size()
-        owners = assign_owners(sizes, peers)
-        return [entry for entry in entries if owners[entry.name] == self._slot]
 
     def _skip(self, reason: str) -> None:
         self.skipped += 1
@@ -165,9 +158,12 @@ class Snapshots:
     def _copy_loop(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                self._copy(job)
+                work = self._copy(job)
                 self._steps[job.half] = job.step
                 self._session.lease.snapshot(job.step, self.skipped)
+                if work is not None:
+                    images = images_of(job.replicas, work.slots, self._engine.device, job.mark)
+                    self._redundancy.deliver(work, images)
             except Exception as error:  # whatever it is, training goes on: unprotected, and said so
                 self._skip(str(error))
                 self._reconnect()
@@ -175,14 +171,17 @@ class Snapshots:
                 del job
                 self._idle.set()
 
-    def _copy(self, job: _Copy) -> None:
-        """Fill a half: FILLING, bytes, COPIED."""
-        self._redundancy.keep(job.protected)
+    def _copy(self, job: _Copy) -> Work | None:
+        """Fill a half: FILLING, bytes, COPIED. Returns the parity to compute next."""
+        heard = self._redundancy.keep(job.protected)
+        work = self._redundancy.announce(self._slot, job.step) if heard and job.replicas else None
         arena_entries = [arena_entry(entry.name, entry.state, entry.tensor) for entry in job.entries]
         mapped = self._arena(job.half, arena_entries, job.metadata)
         half = mapped.half
         digest = bytes.fromhex(self._engine.plan.digest())
         placed = half.begin(job.step, digest, self._session.identity.incarnation, arena_entries, job.metadata)
+        if job.replicas:
+            clear_gaps(half, placed)
         targets = [
             tensor_of(half.view(entry), entry.dtype, entry.shape)
             for entry, e in zip(placed, job.entries, strict=True)
@@ -195,6 +194,7 @@ class Snapshots:
         self._engine.device.copy_to_host(targets[middle:], sources[middle:], job.mark)
         half.finish()
         self._need_client().copied(self._slot, job.half, job.step)
+        return work
 
     def _arena(self, index: int, entries: list[ArenaEntry], metadata: Any) -> MappedHalf:
         """The mapping of one half, big enough; the manager makes (and fills with pages) what is missing."""
@@ -285,8 +285,8 @@ class Snapshots:
 
     def _whole(self) -> tuple[int, int]:
         """Sizes of the image and of the arena of this rank's state, as it will be after the first step."""
-        entries, meta = self._captured()
-        return whole_sizes(entries, self._engine.state.future_entries(), meta)
+        entries, meta, split = self._captured()
+        return whole_sizes(entries, self._engine.state.future_entries(), meta, replicated=len(split) > 1)
 
     def reserve(self) -> None:
         """Take the memory of both halves now. Raises ConfigError with the numbers if it is not there."""
@@ -393,5 +393,5 @@ class Snapshots:
                 else:
                     tensors[(entry.name, entry.state)] = tensor
             if peer == self._slot:
-                meta = blob.decode(table.metadata, [tensor.clone() for tensor in extra])
+                meta = blob.decode(unmarked(table.metadata), [tensor.clone() for tensor in extra])
         return meta, size

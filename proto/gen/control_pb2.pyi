@@ -117,20 +117,22 @@ class Source(_message.Message):
     def __init__(self, rung: _Optional[str] = ..., bytes: _Optional[int] = ..., pieces: _Optional[int] = ...) -> None: ...
 
 class Committed(_message.Message):
-    __slots__ = ("step", "committed_ns", "loss", "first_after_resume", "protected_placement", "protected_step")
+    __slots__ = ("step", "committed_ns", "loss", "first_after_resume", "protected_placement", "protected_step", "replica_mismatch")
     STEP_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_NS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     FIRST_AFTER_RESUME_FIELD_NUMBER: _ClassVar[int]
     PROTECTED_PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     PROTECTED_STEP_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_MISMATCH_FIELD_NUMBER: _ClassVar[int]
     step: int
     committed_ns: int
     loss: float
     first_after_resume: bool
     protected_placement: int
     protected_step: int
-    def __init__(self, step: _Optional[int] = ..., committed_ns: _Optional[int] = ..., loss: _Optional[float] = ..., first_after_resume: _Optional[bool] = ..., protected_placement: _Optional[int] = ..., protected_step: _Optional[int] = ...) -> None: ...
+    replica_mismatch: str
+    def __init__(self, step: _Optional[int] = ..., committed_ns: _Optional[int] = ..., loss: _Optional[float] = ..., first_after_resume: _Optional[bool] = ..., protected_placement: _Optional[int] = ..., protected_step: _Optional[int] = ..., replica_mismatch: _Optional[str] = ...) -> None: ...
 
 class Suspect(_message.Message):
     __slots__ = ("what",)

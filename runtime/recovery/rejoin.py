@@ -123,11 +123,13 @@ class Session:
         if self._member is not None:
             self._member.check()
 
-    def committed(self, step: int, loss: float, kept: Kept, *, first: bool, tell: bool = False) -> None:
-        """Tell the coordinator, without waiting: the first commit of a generation, rank 0's news, now and then."""
-        if self._member is not None and (first or (self.identity.rank == 0 and (tell or step % 8 == 0))):
+    def committed(
+        self, step: int, loss: float, kept: Kept, *, first: bool, tell: bool = False, alarm: str = ""
+    ) -> None:
+        """Tell the coordinator, without waiting: a generation's first commit, an alarm, rank 0's news now and then."""
+        if self._member is not None and (first or alarm or (self.identity.rank == 0 and (tell or step % 8 == 0))):
             protected = (kept.protected_under(), kept.protected)
-            self._member.committed(self.generation, step, loss, first=first, protected=protected)
+            self._member.committed(self.generation, step, loss, first=first, protected=protected, alarm=alarm)
 
     def goodbye(self, step: int) -> None:
         """The last step is kept everywhere; this rank takes part no more."""

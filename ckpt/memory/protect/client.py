@@ -2,6 +2,7 @@
 
     ProtectorClient(control, job=…, token=…, role="agent" | "rank" | "admin") ── hello ──▶ protector
       agent:   .topology(…) .reserve(…) .rebuild(…) .bye()      anybody: .status() .keep(step) .page()
+      rank:    .announce(…) .ring(…) .deliver(…)                what they are for: deliver.py
 
 One request at a time on one connection: whoever rebuilds two slots at once uses two clients. Does not retry
 and does not reconnect; after PeerLost the client is closed. Invariants:
@@ -126,6 +127,23 @@ class ProtectorClient:
         """The shared word; read it as often as you like, without a call. Ask again after a restart."""
         number = self._call("page", want_fd=True)
         return Page(number["fd"])
+
+    # ---- ranks, through deliver.Delivery ----------------------------------------------------------------
+
+    def announce(self, slot: int, step: int, placement: int) -> dict[str, Any]:
+        """The rank of `slot` is about to keep `step`: the parity that it is to compute from its replica."""
+        return self._call("announce", slot=slot, step=step, placement=placement)
+
+    def ring(self, slot: int) -> int:
+        """New shared memory to hand blocks over in; the caller owns the descriptor."""
+        return int(self._call("ring", want_fd=True, slot=slot)["fd"])
+
+    def deliver(
+        self, slot: int, order: int, stripe: int, index: int, *, first: int, digests: Sequence[str], parity: str
+    ) -> None:
+        """Blocks from `first` on of a parity chunk are in the ring; digests of their data, by column, and of them."""
+        chunk = {"stripe": stripe, "index": index, "first": first}
+        self._call("deliver", slot=slot, order=order, chunk=chunk, digests=list(digests), parity=parity)
 
     def close(self) -> None:
         """End the connection. Wakes a call that is under way in another thread with PeerLost."""

@@ -2,7 +2,8 @@
 
     agent ─┐ hello: job, token, role, own user      ┌ topology reserve rebuild bye     agent, admin (rebuild: ranks)
     rank  ─┼─▶ abstract unix socket ─▶ a thread ────┤
-    admin ─┘   JSON frames as in wire.py            └ status keep page                 everybody
+    admin ─┘   JSON frames as in wire.py            ├ announce ring deliver            rank, admin
+                                                    └ status keep page                 everybody
 
 Answers one request after the other on each connection, so a rebuild delays its own connection only. Knows no
 operation: the service gives them. Invariants: nothing is answered before a hello with this job's token, from a
@@ -30,6 +31,7 @@ log = logging.getLogger("holdfast.protect")
 
 ROLES: Final = frozenset({"agent", "rank", "admin"})
 AGENTS: Final = frozenset({"agent", "admin"})
+RANKS: Final = frozenset({"rank", "admin"})
 CONNECTIONS_MAX: Final = 512
 _CREDENTIALS: Final = struct.Struct("3i")
 _SEND_S: Final = 10.0

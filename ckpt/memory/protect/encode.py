@@ -4,6 +4,7 @@
       k data blocks ─▶ m rows ─┬▶ my parity half
                                └▶ pushed to the other parity hosts     (egress: each data byte once, parity m-1 times)
     stripes whose encoder does not deliver: fetched and computed here, the own row only
+    local stripes: the own row, from what a rank of this host delivered (replicas.py); else fetched, likewise
 
 One thread. What fails is tried again at the next change; training never waits. Invariants:
 
@@ -29,14 +30,12 @@ from .parity import ParityStore
 from .peers import LOST, Peers, Sealed
 from .push import Pusher
 from .record import Record, blocks_of
+from .replicas import Found, Replicas
 
 if TYPE_CHECKING:
     from ..placement import Placement, Stripe
 
 log = logging.getLogger("holdfast.protect")
-
-Found = tuple[int, int, Sealed]
-"""Host, token of the fill, record of a slot."""
 
 
 @dataclass(slots=True)
@@ -84,13 +83,14 @@ class Duty:
 class Encoder:
     """The encoding thread, and what it knows of all hosts of its group."""
 
-    def __init__(self, sources: Sources, store: ParityStore, news: News) -> None:
+    def __init__(self, sources: Sources, store: ParityStore, news: News, replicas: Replicas) -> None:
         self._local = sources.local
         self._peers: Final[Peers] = sources.peers
         self._sources = sources
         self._options: Final[Options] = sources.options
         self._store = store
         self._news = news
+        self._replicas = replicas
         self._duty: Duty | None = None
         self._ended = threading.Event()
         self._spared: tuple[int, float] = -1, 0.0
@@ -176,8 +176,8 @@ class Encoder:
             duty = self._duty
             if duty is None or duty.placement.number != number:
                 raise SnapshotIncomplete("another placement", wanted=number)
-            if self._store.open_step()[0] > step:
-                raise SnapshotIncomplete("a newer step is being protected", step=step)
+            if self._store.open_step()[0] > step or self._replicas.condemned(number, step):
+                raise SnapshotIncomplete("a newer step is being protected, or replicas differ at this one", step=step)
             records = self.records(duty, step)
             if records is not None:
                 self._store.open(number, step, {slot: sealed for slot, (_, _, sealed) in records.items()})
@@ -206,7 +206,7 @@ class Encoder:
             return False
         number = duty.placement.number
         step = max(self.steps(duty.group), default=-1)
-        if step < 0:
+        if step < 0 or self._replicas.condemned(number, step):
             return False
         records = self.records(duty, step)
         if records is None:
@@ -235,14 +235,23 @@ class Encoder:
             stripe = placement.stripes[number]
             if not self._store.lacks(number, index):
                 continue  # done in an attempt before this one
-            if index == 0:
+            if stripe.local:
+                later.append((number, index))
+            elif index == 0:
                 _StripeEncoder(self, placement, stripe, step, records).run(None)
             elif stripe.parity[0] != self._sources.me():
                 later.append((number, index))
         for number, index in later:
-            if self._wait_for(step, number, index):
+            stripe = placement.stripes[number]
+            if stripe.local:
+                for chunk in stripe.data:
+                    _check_size(placement, chunk.slot, records[chunk.slot][2].record)
+                there = self._replicas.take(placement, step, (number, index), records)
+            else:
+                there = not self._wait_for(step, number, index)
+            if not there:
                 self.counters.fetched_rows += 1
-                _StripeEncoder(self, placement, placement.stripes[number], step, records).run(index)
+                _StripeEncoder(self, placement, stripe, step, records).run(index)
         self.counters.encoded_steps += 1
         self.error = ""
 

@@ -7,6 +7,9 @@ from typing import Final
 
 BLOCK_BYTES: Final = 1 << 20
 """Unit of digests, of coding and of the wire: 1 MiB records were the fastest over TCP, 4 MiB ones slower."""
+RING_BLOCKS: Final = 4
+"""Blocks that a rank hands over at once: enough that a call costs little beside its bytes."""
+RING_BYTES: Final = RING_BLOCKS * BLOCK_BYTES
 HEADER_BYTES_MAX: Final = 1 << 20
 PAYLOAD_BYTES_MAX: Final = 8 << 20
 

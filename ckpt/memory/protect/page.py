@@ -1,6 +1,6 @@
 """The shared word: which step this host has protected, readable by every rank without a call.
 
-    memfd, one page:   | sequence | placement + 1 | step + 1 |        8-byte words, one writer
+    memfd, one page:   | sequence | placement + 1 | step + 1 | alarms |        8-byte words, one writer
 
     protector  sequence odd ▸ placement, step ▸ sequence even          (store)
     rank       sequence even? ▸ words ▸ the same sequence? else again  (read)
@@ -25,6 +25,7 @@ NO_DUTY: Final = (1 << 62) - 1
 PAGE_BYTES: Final = 4096
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _TRIES: Final = 1 << 16
+_ALARMS: Final = 3
 
 
 class Page:
@@ -48,6 +49,10 @@ class Page:
                 return placement - 1, step - 1
         # A writer that died between two stores. Nothing is known then, and nothing is what we say.
         return -1, -1
+
+    def alarms(self) -> int:
+        """How often replicas were found to differ: whoever sees it grow asks for the status."""
+        return self._words[_ALARMS]
 
     def close(self) -> None:
         """Let go of the mapping."""
@@ -84,6 +89,10 @@ class PageWriter:
     def load(self) -> tuple[int, int]:
         """What was stored last."""
         return self._words[1] - 1, self._words[2] - 1
+
+    def alarm(self) -> None:
+        """Make every reader look at the status."""
+        self._words[_ALARMS] += 1
 
     def descriptor(self) -> int:
         """A new read-only descriptor; the caller owns it."""

@@ -9,15 +9,18 @@ it. Encodes nothing. Invariants:
 
 * the half that holds the step that is kept is not overwritten, nor one that is complete everywhere by one
   that is not known to be;
-* bytes are stored only while the fill that they are for is open: one lock for both.
+* bytes are stored only while the fill that they are for is open: one lock for both;
+* an early fill, open before its records are here, takes bytes of this host's own ranks only, is never finished, and
+  gives way to any step whose records are.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from holdfast.proto.errors import SnapshotError, SnapshotIncomplete
@@ -75,6 +78,11 @@ class _Fill:
     mapped: MappedHalf
     entries: dict[str, ArenaEntry]
     remaining: set[tuple[int, int]]
+    serial: int
+    """Names the bytes that lie in it: kept when an early fill becomes the real one."""
+    early: bool = False
+    fetched: set[tuple[int, int]] = field(default_factory=set)
+    """Chunks that come over the network."""
     progress: int = 0
 
 
@@ -93,6 +101,7 @@ class ParityStore:
         self._last: dict[int, Kept] = {}  # what we finished: listings come later
         self._texts: dict[int, str] = {}
         self._stale: set[tuple[int, int]] = set()
+        self._serials = itertools.count(1)
         self.keep = -1
         self.everywhere: Callable[[int, int], bool] = lambda number, step: False
         self.gather: Callable[[int, int], None] = lambda number, step: None
@@ -141,15 +150,17 @@ class ParityStore:
                 self._page.store(*word)
 
     def open_step(self) -> tuple[int, int, int]:
-        """(step, chunks that lack, progress) of the fill that is open; (-1, 0, 0): none is."""
+        """(step, chunks that lack, progress) of the fill that is open; (-1, 0, 0): none is, or an early one."""
         with self._lock:
             fill = self._fill
-            return (fill.step, len(fill.remaining), fill.progress) if fill is not None else (-1, 0, 0)
+            if fill is None or fill.early:
+                return -1, 0, 0
+            return fill.step, len(fill.remaining), fill.progress
 
     def lacks(self, stripe: int, index: int) -> bool:
         """Whether the open fill waits for that chunk."""
         with self._lock:
-            return self._fill is not None and (stripe, index) in self._fill.remaining
+            return self._fill is not None and not self._fill.early and (stripe, index) in self._fill.remaining
 
     def matches(self, number: int, step: int, sealed: Mapping[int, Sealed]) -> bool:
         """Whether that parity is of these very bytes: a step may have been redone with others."""
@@ -169,8 +180,7 @@ class ParityStore:
         duty = placement.parity_on(me)
         if not duty:
             return 0
-        slots = {chunk.slot for stripe, _ in duty for chunk in placement.stripes[stripe].data}
-        room = placement.parity_bytes(me) + 2 * len(placement.to_json()) + _TAIL_BYTES * (2 + len(slots))
+        room = _room(placement, me)
         for half in (0, 1):
             with self._lock:
                 used = self._fill is not None and self._fill.half == half
@@ -188,7 +198,7 @@ class ParityStore:
             if placement is None or placement.number != number:
                 raise SnapshotIncomplete("another placement", wanted=number)
             fill = self._fill
-            if fill is not None and fill.step >= step:
+            if fill is not None and not fill.early and fill.step >= step:
                 if fill.step > step:
                     raise SnapshotIncomplete("a newer step is being protected", step=step, newer=fill.step)
                 return
@@ -196,14 +206,43 @@ class ParityStore:
                 raise SnapshotIncomplete("that step is protected here already", step=step)
             self._fill = None
             entries, metadata = self._contents(placement, sealed)
-            half = choose_half(self._kept(), self.keep, self.everywhere)
+            early = fill if fill is not None and fill.early and (fill.number, fill.step) == (number, step) else None
+            half = early.half if early is not None else choose_half(self._kept(), self.keep, self.everywhere)
             mapped = self._map(half, arena_bytes(entries, metadata))
+            serial = early.serial if early is not None and mapped is early.mapped else next(self._serials)
             self._last.pop(half, None)
             placed = mapped.half.begin(step, placement.digest(), number, entries, metadata)
             named = {entry.name: entry for entry in placed}
             for slot, one in sealed.items():
                 mapped.half.view(named[f"tail.{slot}"])[:] = one.tail
-            self._fill = _Fill(number, step, half, mapped, named, set(self.duty()))
+            self._fill = _Fill(number, step, half, mapped, named, set(self.duty()), serial)
+
+    def deliver(self, number: int, step: int, stripe: int, index: int, offset: int, data: memoryview) -> int:
+        """Bytes of a parity chunk from a rank of this host, which needs no record of others; their serial.
+
+        SnapshotIncomplete: another step is being protected, or the half that this would take is still needed.
+        """
+        with self._lock:
+            fill = self._early(number, step)
+            if (stripe, index) in fill.fetched:
+                raise SnapshotIncomplete("that chunk is fetched meanwhile", stripe=stripe, index=index)
+            self._store(fill, stripe, index, offset, data)
+            return fill.serial
+
+    def adopt(self, number: int, step: int, stripe: int, index: int, serial: int) -> bool:
+        """What was delivered is that chunk. False: these bytes are not there (any more)."""
+        with self._lock:
+            fill = self._fill
+            if fill is None or fill.early or (fill.number, fill.step, fill.serial) != (number, step, serial):
+                return False
+            self.complete(number, step, stripe, index)
+            return True
+
+    def abandon(self, number: int, step: int) -> None:
+        """That step must not become parity: its half stays FILLING until another step takes it."""
+        with self._lock:
+            if self._fill is not None and (self._fill.number, self._fill.step) == (number, step):
+                self._fill = None
 
     def accept(self, number: int, step: int, stripe: int, index: int, offset: int, data: memoryview) -> None:
         """Bytes of a parity chunk from its encoder. SnapshotIncomplete: not wanted, or not any more."""
@@ -215,11 +254,8 @@ class ParityStore:
         """Bytes of a parity chunk of the open fill; SnapshotIncomplete if it is another one by now."""
         with self._lock:
             fill = self._need(number, step)
-            entry = fill.entries.get(f"stripe.{stripe}.{index}")
-            if entry is None or (stripe, index) not in fill.remaining or not 0 <= offset <= entry.nbytes - len(data):
-                raise SnapshotIncomplete("not a chunk that is filled here", stripe=stripe, index=index, offset=offset)
-            fill.mapped.half.view(entry)[offset : offset + len(data)] = data
-            fill.progress += 1
+            self._store(fill, stripe, index, offset, data)
+            fill.fetched.add((stripe, index))
 
     def complete(self, number: int, step: int, stripe: int, index: int) -> None:
         """That chunk is whole; after the last one the half is."""
@@ -261,24 +297,59 @@ class ParityStore:
 
     # ---- inside -----------------------------------------------------------------------------------------
 
+    def _early(self, number: int, step: int) -> _Fill:
+        """The fill for `step`, opened now if it is not: over a half that open() would take, too."""
+        placement, fill = self._placement, self._fill
+        if placement is None or placement.number != number:
+            raise SnapshotIncomplete("another placement", wanted=number)
+        if fill is not None and (fill.number, fill.step) == (number, step):
+            return fill
+        if fill is not None and not fill.early:
+            raise SnapshotIncomplete("another step is being protected", step=step, other=fill.step)
+        if self._is_whole(number, step):
+            raise SnapshotIncomplete("that step is protected here already", step=step)
+        if 0 <= self.keep < self.protected():
+            raise SnapshotIncomplete("parity that ranks are about to keep is in the way", step=step)
+        self._fill = None
+        entries = self._chunks(placement)
+        half = choose_half(self._kept(), self.keep, self.everywhere)
+        mapped = self._map(half, _room(placement, self._me))
+        self._last.pop(half, None)
+        placed = mapped.half.begin(step, placement.digest(), number, entries, {"placement": number})
+        named = {entry.name: entry for entry in placed}
+        self._fill = _Fill(number, step, half, mapped, named, set(self.duty()), next(self._serials), early=True)
+        return self._fill
+
+    @staticmethod
+    def _store(fill: _Fill, stripe: int, index: int, offset: int, data: memoryview) -> None:
+        entry = fill.entries.get(f"stripe.{stripe}.{index}")
+        if entry is None or (stripe, index) not in fill.remaining or not 0 <= offset <= entry.nbytes - len(data):
+            raise SnapshotIncomplete("not a chunk that is filled here", stripe=stripe, index=index, offset=offset)
+        fill.mapped.half.view(entry)[offset : offset + len(data)] = data
+        fill.progress += 1
+
     def _is_open(self, number: int, step: int) -> bool:
         with self._lock:
-            return self._fill is not None and (self._fill.number, self._fill.step) == (number, step)
+            fill = self._fill
+            return fill is not None and not fill.early and (fill.number, fill.step) == (number, step)
 
     def _need(self, number: int, step: int) -> _Fill:
-        if self._fill is None or (self._fill.number, self._fill.step) != (number, step):
+        if self._fill is None or not self._is_open(number, step):
             raise SnapshotIncomplete("that step is not being protected here", placement=number, step=step)
         return self._fill
 
     def _contents(self, placement: Placement, sealed: Mapping[int, Sealed]) -> tuple[list[ArenaEntry], Any]:
-        entries = []
-        for stripe, index in self.duty():
-            name = f"stripe.{stripe}.{index}"
-            entries.append(ArenaEntry(name, "parity", "U8", (placement.chunk,), 0, placement.chunk))
+        entries = self._chunks(placement)
         for slot, one in sorted(sealed.items()):
             entries.append(ArenaEntry(f"tail.{slot}", "tail", "U8", (len(one.tail),), 0, len(one.tail)))
         records = [one.record.to_json() for _, one in sorted(sealed.items())]
         return entries, {"placement": placement.number, "layout": placement.to_json(), "records": records}
+
+    def _chunks(self, placement: Placement) -> list[ArenaEntry]:
+        """The chunks come first in a half: where each lies does not depend on what follows."""
+        chunk = placement.chunk
+        names = [f"stripe.{stripe}.{index}" for stripe, index in self.duty()]
+        return [ArenaEntry(name, "parity", "U8", (chunk,), 0, chunk) for name in names]
 
     def _is_whole(self, number: int, step: int) -> bool:
         whole = any((kept.placement, kept.step) == (number, step) for kept in self._kept())
@@ -306,6 +377,12 @@ class ParityStore:
                 mapped.close()
             mapped = larger
         return mapped
+
+
+def _room(placement: Placement, me: int) -> int:
+    """Bytes of a half for all that this host keeps under `placement`."""
+    slots = {chunk.slot for stripe, _ in placement.parity_on(me) for chunk in placement.stripes[stripe].data}
+    return placement.parity_bytes(me) + 2 * len(placement.to_json()) + _TAIL_BYTES * (2 + len(slots))
 
 
 def records_of(held: Held) -> list[Record]:

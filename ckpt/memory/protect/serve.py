@@ -77,6 +77,8 @@ class Server:
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self.refused = 0
+        self.read_bytes = 0
+        self.written_bytes = 0
         self._operations: Final[dict[str, Callable[[Channel, dict[str, Any], int, memoryview], None]]] = {
             "inventory": self._inventory,
             "record": self._record,
@@ -179,11 +181,13 @@ class Server:
             raise SnapshotIncomplete("not held here (any more)", slot=slot, step=step)
         channel.send({"ok": True}, held.view(offset, offset + length))
         channel.send_raw(b"\x01" if held.current() else b"\x00")
+        self.read_bytes += length
 
     def _write(self, channel: Channel, header: dict[str, Any], nbytes: int, data: memoryview) -> None:
         if digest_of_block(data).hex() != header.get("digest"):
             raise SnapshotError("bytes were changed on their way")
         self._parity.accept(*_chunk(header), _integer(header, "offset"), data)
+        self.written_bytes += nbytes
         channel.send({"ok": True})
 
     def _written(self, channel: Channel, header: dict[str, Any], nbytes: int, data: memoryview) -> None:

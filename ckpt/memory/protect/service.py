@@ -26,7 +26,7 @@ from ..client import SmpClient
 from ..placement import Placement
 from .blocks import Sources
 from .client import NO_DUTY
-from .control import AGENTS, ROLES, Control, Operation
+from .control import AGENTS, RANKS, ROLES, Control, Operation
 from .encode import Duty, Encoder
 from .local import Local
 from .net import Key
@@ -36,6 +36,7 @@ from .page import PageWriter
 from .parity import ParityStore
 from .peers import Peers
 from .rebuild import Rebuild, RebuildCounters
+from .replicas import Replicas
 from .scrub import Repairer, Scrubber
 from .serve import Server
 
@@ -76,7 +77,8 @@ class Protector:
         self._peers = Peers(key, self._news, options)
         self._store = ParityStore(self._client(), self._local, self._page)
         self._sources = Sources(self._local, self._peers, options, lambda: self._me, self._suspect)
-        self._encoder = Encoder(self._sources, self._store, self._news)
+        self._replicas = Replicas(self._store, self._news, self._page, options)
+        self._encoder = Encoder(self._sources, self._store, self._news, self._replicas)
         self._repairer = Repairer(self._sources, self._store, self._client(), job)
         self._scrubber = Scrubber(self._sources, self._repairer, job)
         self._rebuilds = RebuildCounters()
@@ -164,6 +166,9 @@ class Protector:
             "status": (ROLES, self._status),
             "keep": (ROLES, self._keep),
             "page": (ROLES, lambda message: ({}, self._page.descriptor())),
+            "announce": (RANKS, self._announce),
+            "ring": (RANKS, lambda message: ({}, self._replicas.ring(_whole(message, "slot")))),
+            "deliver": (RANKS, self._deliver),
             "bye": (AGENTS, self._bye),
         }
 
@@ -189,6 +194,7 @@ class Protector:
         duty = Duty.of(placement, me) if placement is not None else None
         self._local.placement = placement
         self._store.set_placement(placement, me, self._texts)
+        self._replicas.lay(placement, me)
         if duty is not None and duty.stripes:
             self._peers.watch(duty.hosts - {me}, duty.slots, duty.placement.number)
         else:
@@ -240,6 +246,24 @@ class Protector:
         self._news.bump()
         return {}, -1
 
+    def _announce(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        slot, step, number = _whole(message, "slot"), _whole(message, "step"), _whole(message, "placement")
+        return self._replicas.announce(slot, step, number), -1
+
+    def _deliver(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        digests, chunk = message.get("digests"), message.get("chunk")
+        if not isinstance(digests, list) or not isinstance(chunk, dict):
+            raise ProtocolViolation("a delivery without its chunk, or digests")
+        self._replicas.deliver(
+            _whole(message, "slot"),
+            _whole(message, "order"),
+            (_whole(chunk, "stripe"), _whole(chunk, "index")),
+            _whole(chunk, "first"),
+            [_hex(column) for column in digests],
+            _hex(message.get("parity")),
+        )
+        return {}, -1
+
     def _bye(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
         threading.Timer(_ANSWER_S, self.stop, ("bye",)).start()  # the answer goes first
         return {}, -1
@@ -251,7 +275,7 @@ class Protector:
         protected = self._store.protected() if duty is not None and duty.stripes else NO_DUTY
         newest = max(self._encoder.steps(duty.group), default=-1) if duty is not None else -1
         stripes = self._stripes(duty, protected) if duty is not None and duty.stripes else []
-        errors = (self._encoder.error, self._repairer.error, self._local.error)
+        errors = (self._replicas.error, self._encoder.error, self._repairer.error, self._local.error)
         status = {
             "host": me,
             "topology": number,
@@ -267,11 +291,14 @@ class Protector:
                 **asdict(self._encoder.counters),
                 **asdict(self._rebuilds),
                 **asdict(self._repairer.counters),
+                **asdict(self._replicas.counters),
                 "refused": self._server.refused,
-                "replica_mismatches": 0,
+                "read_bytes": self._server.read_bytes,
+                "written_bytes": self._server.written_bytes,
             },
             "error": next((error for error in errors if error), ""),
-            "errors": {"encode": errors[0], "repair": errors[1], "digest": errors[2]},
+            "errors": dict(zip(("replicas", "encode", "repair", "digest"), errors, strict=True)),
+            "mismatch": self._replicas.mismatch,
             "hosts": sorted(self._peers.inventories()),
             "pid": os.getpid(),
         }
@@ -317,6 +344,13 @@ def _placement(message: dict[str, Any]) -> Placement:
     if not isinstance(text, str):
         raise ProtocolViolation("a placement is JSON text")
     return Placement.from_json(text)
+
+
+def _hex(value: object) -> bytes:
+    try:
+        return bytes.fromhex(value) if isinstance(value, str) else b""
+    except ValueError:
+        return b""
 
 
 def _whole(message: dict[str, Any], key: str, high: int = 1 << 62) -> int:

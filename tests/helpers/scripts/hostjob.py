@@ -1,10 +1,11 @@
 """A small model for jobs over several hosts: state from a few hundred KB up, steps that last as long as is asked for.
 
-    hostjob.py [--steps N] [--step-seconds S] [--width N] [--stages N] [--replicas N] [--out DIR]
+    hostjob.py [--steps N] [--step-seconds S] [--width N] [--stages N] [--replicas N] [--flip RANK:STEP] [--out DIR]
 
 With AdamW the whole state is about 72 * width**2 bytes: 0.3 MB at --width 64, 16 MB at --width 470. Prints a line for
 each step of each rank, so that a test can wait for one. One process without an agent is the reference: any layout on
-any hosts must end with its bits; --step-seconds changes none of them.
+any hosts must end with its bits; --step-seconds changes none of them. --flip does: one bit of a weight, as a bad memory
+would.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--stages", type=int)
     parser.add_argument("--replicas", type=int)
+    parser.add_argument("--flip", default="", help="damage the first layer of that rank after that step")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -85,9 +87,15 @@ def main() -> None:
     # The replicas of the first stage share a step's microbatches, and wait at the same time.
     wait_s = arguments.step_seconds * (arguments.replicas or 1) / microbatches
     layout = {name: value for name in ("stages", "replicas") if (value := getattr(arguments, name)) is not None}
+    built: list[Words] = []
+
+    def words() -> Words:
+        built.append(Words(width, wait_s))
+        return built[-1]
+
     trainer = Trainer(
         layers=[
-            lambda: Words(width, wait_s),
+            words,
             *[lambda: Block(width)] * BLOCKS,
             lambda: nn.Linear(width, WORDS),
         ],
@@ -103,6 +111,8 @@ def main() -> None:
     for step in trainer.steps(until=arguments.steps):
         result = step.run()
         told.append({"step": result.step, "loss": result.loss, "norm": result.grad_norm, "skipped": result.skipped})
+        if arguments.flip == f"{trainer.rank}:{result.step}":
+            built[-1].embed.weight.data.view(torch.int32)[0, 0] ^= 1
         print(f"hostjob: rank {trainer.rank} step {result.step}", flush=True)
     if arguments.out is not None:
         write(arguments.out, trainer, json.dumps(told))
