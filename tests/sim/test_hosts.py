@@ -830,10 +830,9 @@ class Agent:
         if not self.alive:
             return
         silence = self.world.now_ns - self.heard_ns
-        if self.several() and silence > FENCE_NS:
-            if self.slots:
-                self.world.self_fenced += 1
-                self.fence()
+        if self.several() and silence > FENCE_NS and self.slots:
+            self.world.self_fenced += 1
+            self.fence()
         self.world.after(max(0, FENCE_NS - silence) + 20 * MS, self.check_lease)
 
     def die(self, *, power: bool) -> None:
