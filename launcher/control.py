@@ -255,6 +255,7 @@ class Control(control_pb2_grpc.ControlServicer):
             return
         for host in roster.hosts:
             if host.index not in heard | dead | self._asking:
+                self._asking.add(host.index)
                 self._spawn(self._try_door(host.index, host.door))
 
     def _take_over(self, roster: Roster) -> None:
@@ -286,7 +287,6 @@ class Control(control_pb2_grpc.ControlServicer):
         """Connect to a host's door; only a refusal says something."""
         host, _, port = door.rpartition(":")
         refused = False
-        self._asking.add(index)
         try:
             async with asyncio.timeout(DOOR_S):
                 _, writer = await asyncio.open_connection(host, int(port))

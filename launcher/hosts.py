@@ -77,7 +77,7 @@ class Roster:
             hosts = tuple(Host(**host) for host in value["hosts"])
             numbers = int(value["number"]), int(value["generation"]), int(value["step"])
             return Roster(*numbers, members, incarnations, holders, hosts, tuple(map(str, value["placements"])))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ProtocolViolation(f"a roster that cannot be read: {error}") from None
 
 

@@ -229,7 +229,7 @@ class CoordinatorSession:
             try:
                 for order in call:
                     self._heard_s = time.monotonic()
-                    if not welcomed and order.WhichOneof("body") == "welcome":
+                    if order.WhichOneof("body") == "welcome":  # once; again if its sender steps down
                         welcomed = self._welcomed = True
                         self._welcome(address, order.welcome)
                     elif order.WhichOneof("body") == "roster":

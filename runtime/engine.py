@@ -270,7 +270,7 @@ class Engine:
             vector[torch.tensor([KEPT + 3 * microbatches + i for i, _ in present])] = norms
         self._lease.renew(Phase.WAITING)
         rows = group.allgather(vector)
-        return Gathered.of(rows, self._names, microbatches, self._tied_names(), self.snapshots.placement)
+        return Gathered.of(rows, self._names, microbatches, self._tied_names(), self.snapshots.placement, self.kept)
 
     def _tied_names(self) -> frozenset[str]:
         return frozenset(f"{tie.second_unit}.{tie.second}" for tie in self.ties)
@@ -343,7 +343,7 @@ class Engine:
     def finish(self) -> None:
         """Wait until every rank holds the last state whole, so that none can lose what another reported. Collective."""
         if not self._session.solo and self._session.managed:
-            finish(self._need_group(), self.snapshots, self.step, self._lease)
+            finish(self._need_group(), self.snapshots, self.step, self.kept, self._lease)
 
     def _need_group(self) -> Group:
         assert self._group is not None, "no generation stands"

@@ -27,12 +27,15 @@ PAUSES: Final = 60
 PAUSE_S: Final = 0.05
 
 
-def finish(group: Group, snapshots: Snapshots, step: int, lease: Lease) -> None:
-    """Wait until every rank holds the state after `step` whole. Collective. Raises Fenced or PeerLost."""
+def finish(group: Group, snapshots: Snapshots, step: int, kept: Kept, lease: Lease) -> None:
+    """Wait until every rank holds the state after `step` whole. Collective. Raises Fenced or PeerLost.
+
+    `kept`: what the last barrier told.
+    """
     for _ in range(TRIES):
         lease.renew(Phase.WAITING)
         snapshots.fence()
-        kept = _gather(group, snapshots)
+        kept = _gather(group, snapshots, kept)
         if kept.sealed == step or not snapshots.enabled:
             _await_parity(group, snapshots, step, kept, lease)
             return
@@ -41,9 +44,9 @@ def finish(group: Group, snapshots: Snapshots, step: int, lease: Lease) -> None:
     log.warning("the state after the last step %d is not in memory on every rank", step)
 
 
-def _gather(group: Group, snapshots: Snapshots) -> Kept:
+def _gather(group: Group, snapshots: Snapshots, before: Kept) -> Kept:
     rows = group.allgather(torch.tensor(snapshots.keeps()))
-    return Kept.of([row.tolist() for row in rows], snapshots.placement)
+    return Kept.of([row.tolist() for row in rows], snapshots.placement, before)
 
 
 def _await_parity(group: Group, snapshots: Snapshots, step: int, kept: Kept, lease: Lease) -> None:
@@ -53,5 +56,5 @@ def _await_parity(group: Group, snapshots: Snapshots, step: int, kept: Kept, lea
             return
         lease.renew(Phase.WAITING)
         pause.wait(PAUSE_S)
-        kept = _gather(group, snapshots)
+        kept = _gather(group, snapshots, kept)
     log.warning("the state after the last step %d has no parity yet", step)

@@ -14,9 +14,11 @@ NO_GRADIENT = -1.0
 """Stands for the norm of a gradient that does not exist."""
 
 
-KEPT = 5
-"""A rank's vector opens with what it keeps: the steps of its two halves; placement and step of its host's parity; and
-the step from which on a checkpoint is due."""
+STEP_MAX = 1 << 52
+"""The largest step that a float64 of the step's barrier carries exactly; stands for "no parity to keep here"."""
+KEPT = 6
+"""A rank's vector opens with what it keeps: the steps of its two halves; placement and step of its host's parity; the
+step from which on a checkpoint is due; and the newest step that it knows to be protected under that placement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,37 @@ class Kept:
         return self.placement if self.protected != NO_STEP else 0
 
     @staticmethod
-    def of(rows: Sequence[Sequence[int]], placement: int) -> Kept:
-        """From what each rank keeps. Parity counts only once every host keeps it under this placement."""
+    def of(rows: Sequence[Sequence[int]], placement: int, before: Kept | None = None) -> Kept:
+        """From what each rank keeps; `before`: what was told last in this generation.
+
+        Parity counts once every host keeps it under this placement, of a step that the ranks still hold. Hosts leave
+        steps out, each others: only if the newest is the same on all is it known to be on all. Until it is again, the
+        one before is, which nobody overwrites.
+        """
         sealed = newest_common([row[:2] for row in rows])
-        ready = placement != 0 and all(row[2] == placement for row in rows)
-        protected = min(row[3] for row in rows) if ready else int(NO_STEP)
+        known = [row[5] for row in rows if len(row) > 5]
+        known += [before.protected] if before is not None and before.placement == placement else []
+        protected = _protected(rows, placement, max(known, default=int(NO_STEP)))
         # Ranks may have looked at the saver's page a moment apart: whoever looked last is right.
         due = max((row[4] for row in rows if len(row) > 4), default=int(NO_STEP))
         return Kept(sealed, protected, placement, due)
+
+
+def _protected(rows: Sequence[Sequence[int]], placement: int, known: int) -> int:
+    """Newest step that all ranks hold and all hosts have parity of; NO_STEP for none.
+
+    Hosts tell the newest step of theirs only. The smallest of these need not be one that all have: a host may leave
+    steps out. So a step counts once all tell the same, and for as long as none tells an older one: its parity is
+    kept until a newer step counts.
+    """
+    if placement == 0 or any(row[2] != placement for row in rows):
+        return int(NO_STEP)
+    held = set(rows[0][:2]).intersection(*(row[:2] for row in rows)) - {int(NO_STEP)}
+    told = {row[3] for row in rows if row[3] < STEP_MAX} or held
+    counting = {min(told)} if len(told) == 1 else set()
+    if known != NO_STEP and min(told, default=int(NO_STEP)) >= known:
+        counting.add(known)
+    return max(counting & held, default=int(NO_STEP))
 
 
 def newest_common(held: Sequence[Sequence[int]]) -> int:
@@ -65,7 +90,12 @@ class Gathered:
 
     @staticmethod
     def of(
-        rows: list[torch.Tensor], names: list[list[str]], microbatches: int, tied: frozenset[str], placement: int
+        rows: list[torch.Tensor],
+        names: list[list[str]],
+        microbatches: int,
+        tied: frozenset[str],
+        placement: int,
+        before: Kept | None = None,
     ) -> Gathered:
         """Combine one vector per rank. A tied parameter counts once; a replica's norms are the first's."""
         head = merge([row[KEPT : KEPT + 3 * microbatches] for row in rows])
@@ -77,7 +107,7 @@ class Gathered:
                 if name not in tied:
                     norms.setdefault(name, value)
         squares = [norms[name] ** 2 for name in sorted(norms) if norms[name] != NO_GRADIENT]
-        kept = Kept.of([[int(value) for value in row[:KEPT].tolist()] for row in rows], placement)
+        kept = Kept.of([[int(value) for value in row[:KEPT].tolist()] for row in rows], placement, before)
         return Gathered(
             math.fsum(losses) / math.fsum(counts),
             math.fsum(counts),

@@ -332,6 +332,8 @@ class Member:
                 outbox.put(pb.RankMessage(generation=self._current, hello=hello))
                 for message in self._published if self._current == self._target else ():
                     outbox.put(message)
+                if self._joined is not None:
+                    outbox.put(self._joined[1])  # nobody else may know that this generation was begun
                 for message in (self._suspect, self._goodbye):
                     if message is not None:
                         outbox.put(message)

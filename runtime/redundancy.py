@@ -20,12 +20,11 @@ from holdfast.ckpt.memory.protect.deliver import Delivery, Image, Work
 from holdfast.proto.errors import HoldfastError, PeerLost, SnapshotError
 from holdfast.proto.ids import NO_STEP
 
+from .gather import STEP_MAX
 from .member import Identity
 
 log = logging.getLogger(__name__)
 
-STEP_MAX: Final = 1 << 52
-"""The largest step that a float64 of the step's barrier carries exactly; stands for "no parity to keep here"."""
 REBUILD_S: Final = 600.0
 """Only bounds what no fence ends: the protector's own deadlines notice hosts that are gone."""
 

@@ -104,7 +104,9 @@ class Snapshots:
 
     def keeps(self) -> list[int]:
         """What this rank brings to gather.Kept."""
-        return [*self.steps(), *self._redundancy.protected(), self.saver.due(self.steps())]
+        kept = self._engine.kept
+        known = kept.protected if kept.placement == self.placement else int(NO_STEP)
+        return [*self.steps(), *self._redundancy.protected(), self.saver.due(self.steps()), known]
 
     def alarm(self) -> str:
         """That replicas were found to differ, once."""

@@ -42,7 +42,8 @@ from .page import Page
 log = logging.getLogger("holdfast.saver")
 
 BEAT_S: Final = 0.5
-WATCH_S: Final = 0.5
+WATCH_S: Final = 0.2
+"""How long stop() may go unnoticed."""
 RECONNECT_S: Final = 5.0
 """Without a snapshot manager for so long there is no job any more: its agent restarts it within milliseconds."""
 RETRY_S: Final = 0.1

@@ -7,7 +7,6 @@ or never, because they did not hold it long enough. What must hold at all times 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 
 import pytest
@@ -95,26 +94,14 @@ def test_a_step_is_protected_once_every_host_has_its_parity_under_this_placement
     assert Kept.of([[4, 5, 7, 5], [3, 4, 7, 4]], 7).sealed == 4
 
 
-def _kept(rows: list[list[int]], before: Kept) -> Kept:
-    if "before" in inspect.signature(Kept.of).parameters:
-        return Kept.of(rows, 1, before)  # type: ignore[call-arg]
-    return Kept.of(rows, 1)
-
-
-KEPT_CLAIMS_TOO_MUCH = (
-    "Kept.of takes the smallest of the hosts' newest steps for one that all have; hosts leave steps out, each others"
-)
-
-
-@pytest.mark.xfail(strict=True, reason=KEPT_CLAIMS_TOO_MUCH)
 def test_a_step_that_one_host_left_out_is_not_protected() -> None:
     """Host 0 has parity of 0 and 10, host 1 of 0 and 1: no step newer than 0 is protected, least of all 1."""
-    assert _kept([[1, 10, 1, 10], [1, 10, 1, 1]], Kept(1, 0, 1)).protected != 1
+    assert Kept.of([[1, 10, 1, 10], [1, 10, 1, 1]], 1, Kept(10, 0, 1)).protected == NO, "nor is 0: no rank holds it"
+    assert Kept.of([[0, 10, 1, 10], [0, 10, 1, 1]], 1, Kept(10, 0, 1)).protected == 0
 
 
-@pytest.mark.xfail(strict=True, reason="Kept.of does not ask whether the ranks still hold what the parity is of")
 def test_parity_of_a_step_that_no_rank_holds_any_more_protects_nothing() -> None:
-    assert _kept([[10, 1, 1, 0], [10, 1, 1, 0]], Kept(10, NO, 1)).protected == NO
+    assert Kept.of([[10, 1, 1, 0], [10, 1, 1, 0]], 1).protected == NO
 
 
 # ---- the model ------------------------------------------------------------------------------------------------
@@ -149,7 +136,7 @@ class Model:
     def barrier(self) -> None:
         """All ranks commit a step, and keep it if the rule lets them."""
         rows = [[*self.halves[rank], 1, max(self.parity[rank])] for rank in range(self.ranks)]
-        self.kept = _kept(rows, self.kept)
+        self.kept = Kept.of(rows, 1, self.kept)
         self.step += 1
         half = choose_protected_half(self.halves[0], self.step, sealed=self.kept.sealed, protected=self.kept.protected)
         if half is not None:
@@ -195,7 +182,6 @@ def _play(moves: list[int]) -> None:
             assert newest_common(model.halves) >= sealed, f"move {at}: what all held was overwritten; {model}"
 
 
-@pytest.mark.xfail(strict=True, reason=KEPT_CLAIMS_TOO_MUCH)
 @settings(max_examples=600, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(MOVES)
 def test_what_is_called_protected_is_so_and_stays_so_however_parity_lags(moves: list[int]) -> None:
