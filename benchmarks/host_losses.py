@@ -99,7 +99,7 @@ def come_back(job: HostJob, index: int, coordinator: str) -> None:
     )
 
 
-def options_of(code: str, policy: str, lease_s: float = 3.0) -> list[str]:
+def options_of(code: str, policy: str, lease_s: float = 5.0) -> list[str]:
     """Options of `holdfast run` for a code."""
     return ["--redundancy", f"rs:{code}", "--lost-host", policy, "--host-lease", str(lease_s), "--lease-min", "4"]
 

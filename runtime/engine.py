@@ -31,7 +31,6 @@ from .data import Source, make_source
 from .device import choose_device, numerics_identity
 from .finish import finish
 from .gather import KEPT, NO_GRADIENT, Gathered, Kept, merge
-from .origin import origin
 from .pipeline.exchange import exchange, exchange_ties, plan_exchanges
 from .pipeline.executor import LOSS, Executor, Numerics, Outcome
 from .pipeline.planner import choose_grid, grid_plan
@@ -378,7 +377,7 @@ class Engine:
         return {
             "step": self.step,
             "signature": self.signature(),
-            "origin": origin(self),
+            "origin": self.checkpoints.origin(),
             **self.state.metadata(),
             "report": asdict(self.report) if self.report is not None else None,
             "scaler": self.scaler.state_dict(),

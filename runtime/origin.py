@@ -7,18 +7,23 @@ what two generations computed for one step need not be the same bits where exact
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
-def origin(engine: Engine) -> dict[str, Any]:
-    """The origin of the engine's state as it is now, as capturable values."""
+def origin(engine: Engine, same: Mapping[str, Any]) -> dict[str, Any]:
+    """The origin of the engine's state as it is now, as capturable values; `same`: what unchanging() gave."""
+    due = same["validates"] and engine.step > 0 and engine.step % engine.config.validate_every == 0
+    return {**same, "generation": engine.born, "validation_due": due}
+
+
+def unchanging(engine: Engine) -> dict[str, Any]:
+    """What of it is the same at every step: looked up once, as a plan of many paths is long."""
     config, plan, hosted = engine.config, engine.plan, engine.plan.hosted(engine.rank)
-    validates = config.validation is not None and config.validate_every > 0
     return {
-        "generation": engine.born,
         "world_size": plan.world_size,
         "units": plan.units,
         "hosted": list(hosted),
@@ -32,8 +37,7 @@ def origin(engine: Engine) -> dict[str, Any]:
         "microbatches": config.step_microbatches,
         "exact": config.exact,
         "compute": engine.compute,
-        "validates": validates,
-        "validation_due": validates and engine.step > 0 and engine.step % config.validate_every == 0,
+        "validates": config.validation is not None and config.validate_every > 0,
     }
 
 

@@ -30,7 +30,7 @@ from holdfast.proto.lease import Phase
 
 from ..arenas import DTYPES
 from ..member import Formed
-from ..origin import optimizer_kind, replica_of
+from ..origin import optimizer_kind, origin, replica_of, unchanging
 from .remap import Old, compose
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Checkpoints:
         self._session = session
         self._folder = identity.checkpoints
         self._bad: set[int] = set()
+        self._unchanging = unchanging(engine)
         step, _, self._path = identity.resume.partition(":")
         self._start = int(step) if self._path else int(NO_STEP)
         if self.resumes and identity.incarnation == 0:
@@ -63,6 +64,10 @@ class Checkpoints:
     def resumes(self) -> bool:
         """Whether the job started from a checkpoint: its initial state is then nobody's."""
         return self._start != NO_STEP
+
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint must know of this rank."""
+        return origin(self._engine, self._unchanging)
 
     def steps(self) -> list[int]:
         """Steps that this rank could restore from disk."""

@@ -22,7 +22,7 @@ from holdfast.ckpt.memory import metadata as blob
 from holdfast.ckpt.universal.model import Checkpoint
 from holdfast.proto.errors import ConfigError, HoldfastError
 
-from ..origin import origin, replica_of
+from ..origin import replica_of, unchanging
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -109,7 +109,7 @@ class Old:
 
     def differences(self, engine: Engine) -> list[str]:
         """What of the new run would make it compute other numbers than the old one."""
-        now = origin(engine)
+        now = unchanging(engine)
         return [text for key, text in MATTERS.items() if self.first.get(key) != now[key]]
 
     def nearest(self, engine: Engine) -> int:

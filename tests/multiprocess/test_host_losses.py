@@ -102,9 +102,9 @@ def test_more_losses_than_parity_makes_up_for_end_in_one_clear_line(run: Any) ->
     job = run("2+1", 3)
     lose(job, 1, 2)
     began = time.monotonic()
-    ended = job.wait(30.0, only={0})
+    ended = job.wait(END_S, only={0})
     assert ended.code == 1
-    assert time.monotonic() - began < 25.0
+    assert time.monotonic() - began < 60.0
     lines = [line for line in ended.errs[0].splitlines() if "holdfast: error:" in line]
     assert len(lines) == 1, ended.errs[0]
     assert "the state of rank" in lines[0]
@@ -120,7 +120,7 @@ def test_a_host_that_is_cut_off_stops_within_its_lease_and_serves_as_a_spare_whe
     cut = time.monotonic()
     wait_for(lambda: "the ranks of this host end" in (job.folder / "host2" / "run.err").read_text(), 30.0, "the fence")
     stopped_s = time.monotonic() - cut
-    assert stopped_s < 3.0 + 2.0, f"its ranks went on for {stopped_s:.1f} s, the lease is 3 s"
+    assert stopped_s < 5.0 + 2.0, f"its ranks went on for {stopped_s:.1f} s, the lease is 5 s"
     wait_for(lambda: count(job, "recovery") == 1, 30.0, "the others going on")
     job.hosts[2].join()
     ended = job.wait(END_S)
