@@ -72,7 +72,7 @@ class Job(Membership):
         self.term = FIRST
         self.council = Council()
         self._held: Form | None = None  # until others know of its members
-        self._settled = 0  # number of the placement that they know of
+        self._settled: Placement | None = None  # that they know of; before, protectors keep to the one they have
         self._number = 0
         self._placements: list[Placement] = []
         self._current: Placement | None = None
@@ -103,7 +103,7 @@ class Job(Membership):
             job.council.propose(job.council.standing[-1], job._number + 1)
         job._placements = [Placement.from_json(text) for text in roster.placements]
         job._current = job._placements[-1] if job._placements else None
-        job.placement = job._settled = job._current.number if job._current is not None else 0
+        job.placement, job._settled = (job._current.number if job._current is not None else 0), job._current
         return job
 
     # ---- agents -------------------------------------------------------------------------------------
@@ -294,14 +294,13 @@ class Job(Membership):
     def _send(self, now_ns: int, form: Form) -> list[Action]:
         """The same hosts as before go on at once; others wait until whoever counts has heard of it."""
         voters = {rank: host for rank, _, host, _ in form.members}
-        known = self.council.standing == (voters,) and form.placement == self._settled
+        known = self.council.standing == (voters,) and self._current == self._settled
         self.council.propose(voters, self._number + 1)
-        told = self.tell()
         if known or len(self.book.all) < 2:
             self._stands()
-            return [told, form]
+            return [self.tell(), form]
         self._held = form
-        return [told, *self._settle()]
+        return [self.tell()]
 
     def _settle(self) -> list[Action]:
         """What was proposed stands, if it is known to all that it must be known to."""
@@ -314,7 +313,7 @@ class Job(Membership):
 
     def _stands(self) -> None:
         self.council.settle()
-        self._settled = self.placement
+        self._settled = self._current
 
     def _protect(self, images: Mapping[int, int], peers: Mapping[int, tuple[int, ...]]) -> list[Action]:
         """A new placement, if hosts or sizes are not those of the current one."""
@@ -379,7 +378,7 @@ class Job(Membership):
             term=self.term,
         )
         addresses = {str(index): address for index, address in self.book.protectors().items()}
-        placement = self._current.to_json() if self._current is not None else None
+        placement = self._settled.to_json() if self._settled is not None else None
         common = {"number": self._number, "hosts": addresses, "placement": placement}
         topology = {index: json.dumps({**common, "me": index}) for index in self.book.live()}
         return Tell(roster.encoded(), topology)

@@ -354,6 +354,9 @@ def test_a_generation_on_other_hosts_waits_until_every_agent_that_counts_has_lea
     told = roster_of(actions)
     assert told.members[3] == (1, 0)
     assert told.before == ({0: 0, 1: 1, 2: 2, 3: 3},), "who hears of it must ask those before it too"
+    assert len(told.placements) == 2
+    laid = Placement.from_json(str(topology_of(actions, 0)["placement"]))
+    assert laid.number == 1, "the old parity is what is rebuilt from: nothing may take its place yet"
     assert of(Form, cluster.learn(1)) == [], "one of them is missing"
     stale = cluster.job.on_agent_learnt(cluster.now_ns, 1, cluster.job.term, told.number - 1)
     foreign = cluster.job.on_agent_learnt(cluster.now_ns, 1, Term(3, "another"), told.number)
@@ -363,6 +366,7 @@ def test_a_generation_on_other_hosts_waits_until_every_agent_that_counts_has_lea
     assert isinstance(form, Form)
     assert form.generation == 2
     assert roster_of(actions).before == ()
+    assert Placement.from_json(str(topology_of(actions, 0)["placement"])).number == 2
     assert of(Form, cluster.learn()) == [], "once"
 
 

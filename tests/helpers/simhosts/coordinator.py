@@ -291,6 +291,8 @@ class Coordinator:
                     for host, text in topology.items():
                         told = self.world.topology(text)
                         self.to_agent(host, lambda agent, t=told: agent.machine.topology(*t))
+                    if self.job is not None and self.job.council.proposed is not None:
+                        self.world.happens("propose", self.machine)
                 case JobDone():
                     self.world.finish(self)
                 case StepDown():
