@@ -171,6 +171,17 @@ def test_coordinators_that_die_while_a_generation_is_formed_leave_nobody_waiting
         assert world.done, f"{world}"
 
 
+def test_a_host_lost_in_the_middle_of_re_protection_is_made_up_for_by_what_is_left_of_the_old_parity() -> None:
+    struck = 0
+    for seed in range(24):
+        first = Fault("kill", 900 * MS, count=1, safe=True)
+        second = Fault("kill", seed % 4 * 10 * MS, on="re-encode", nth=1 + seed // 4 % 3)
+        world = play(first, second, seed=seed, hosts=4 + seed % 2, redundancy="rs:2+2")
+        assert world.done, f"{world}: {world.stopped}"
+        struck += len(world.fired) == 2
+    assert struck > 12
+
+
 def test_all_but_one_host_may_die_at_once_if_their_death_is_certain() -> None:
     for seed in range(10):
         world = play(Fault("kill", 900 * MS, hosts=(0, 1, 2), safe=True), seed=seed, hosts=4, redundancy="rs:1+3")

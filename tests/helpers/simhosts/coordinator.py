@@ -54,6 +54,7 @@ class Coordinator:
 
     def agent_hello(self, caller: Caller) -> None:
         if not self.alive:
+            caller.pipe.close(1)  # its kernel resets what was on its way to it
             return
         self.all.append(caller)
         if self.job is not None and caller.promised > self.job.term:
@@ -131,6 +132,7 @@ class Coordinator:
 
     def rank_hello(self, process: Process, pipe: Pipe, generation: int, live: int) -> None:
         if not self.alive:
+            pipe.close(1)
             return
         if self.job is None:
             entry = (process, pipe, generation, live, [])
