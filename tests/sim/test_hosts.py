@@ -108,7 +108,7 @@ def simulate(seed: int, befalls: Callable[[int], Scenario] = anything) -> World:
     return world
 
 
-SEEDS = [int(os.environ["SIM_SEED"])] if "SIM_SEED" in os.environ else range(600)
+SEEDS = [int(os.environ["SIM_SEED"])] if "SIM_SEED" in os.environ else range(500)
 
 
 def test_seeds_end_at_the_last_step_or_in_one_line_that_had_to_be() -> None:
@@ -131,7 +131,7 @@ def test_seeds_end_at_the_last_step_or_in_one_line_that_had_to_be() -> None:
 
 def test_losses_within_what_status_promises_are_always_survived() -> None:
     rebuilt = 0
-    for seed in SEEDS if len(SEEDS) == 1 else range(300):
+    for seed in SEEDS if len(SEEDS) == 1 else range(250):
         world = simulate(seed, promised)
         assert world.stopped is None, f"{world}: {world.stopped}"
         assert world.done, f"{world}: no end"
@@ -207,7 +207,7 @@ def test_a_network_that_is_gone_for_longer_than_a_lease_ends_no_job() -> None:
         assert world.self_fenced + world.stepped_down == 3
 
 
-MOMENTS = [(0, "form", 2)] * 8 + [(ns * MS // 3, "propose", nth) for nth in (2, 3) for ns in range(8)]
+MOMENTS = [(ns * MS // 3, "propose", 2) for ns in range(8)] + [(0, "form", 2)] * 8 + [(0, "propose", 3)] * 4
 
 
 def apart(seed: int) -> Scenario:
@@ -215,7 +215,7 @@ def apart(seed: int) -> Scenario:
     dead = Fault("kill", 900 * MS, hosts=(4, 5))
     ns, on, nth = MOMENTS[seed % len(MOMENTS)]
     cut = Fault("cut", ns, on=on, nth=nth, hosts=(0, 6, 7))
-    return Scenario(hosts=6, spares=2, redundancy="rs:1+5", faults=(dead, cut))
+    return Scenario(hosts=6, spares=2, redundancy="rs:1+5", until_ns=40 * S, faults=(dead, cut))
 
 
 def test_two_sides_that_are_cut_apart_while_a_generation_is_formed_never_both_train() -> None:

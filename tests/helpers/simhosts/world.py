@@ -99,10 +99,10 @@ class World(Oracle):
     def step_ns(self) -> int:
         return self.chance.randrange(self.step_ms * MS)
 
-    def run(self, until_ns: int = 200 * S) -> World:
+    def run(self) -> World:
         while self.queue and not self.done and self.stopped is None:
             self.now_ns, _, call = heapq.heappop(self.queue)
-            if self.now_ns > until_ns:
+            if self.now_ns > self.scenario.until_ns:
                 break
             call()
             assert self.ticks < 50_000, f"{self}: the coordinator's timer never rests"
