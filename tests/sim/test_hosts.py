@@ -125,6 +125,7 @@ def test_seeds_end_at_the_last_step_or_in_one_line_that_had_to_be() -> None:
             assert "\n" not in world.stopped.reason
     if len(SEEDS) > 1:
         assert ends["done"] > len(SEEDS) // 2, ends
+        assert ends["no majority is left"] < len(SEEDS) // 6, f"whoever may decide is too few: {ends}"
         for what in ("stopped", "takeovers", "stepped down", "fenced themselves", "rebuilt", "formed again"):
             assert ends[what] > len(SEEDS) // 20, f"too little happened: {ends}"
 
