@@ -179,6 +179,9 @@ class Control(control_pb2_grpc.ControlServicer):
         assert self._job is not None
         # A number first, so that what follows finds its way.
         actions = self._job.on_agent_hello(time.monotonic_ns(), caller.told, caller.ranks)
+        if Welcome(caller.told.index, fenced=True) in actions:  # under a number that may be another's
+            caller.queue.put_nowait(self._welcome_order(caller.told.index, fenced=True))
+            return
         self._agents[caller.told.index] = caller
         self._do(actions)
         for message in caller.backlog:
@@ -341,10 +344,7 @@ class Control(control_pb2_grpc.ControlServicer):
     def _do_for_agents(self, action: Action) -> None:
         match action:
             case Welcome(host, fenced):
-                assert self._job is not None
-                term = term_message(self._job.term)
-                order = pb.AgentOrder(welcome=pb.AgentWelcome(index=host, fenced=fenced, term=term))
-                self._tell_agent(host, order)
+                self._tell_agent(host, self._welcome_order(host, fenced=fenced))
             case Adopt(host, rank, incarnation):
                 self._tell_agent(host, pb.AgentOrder(adopt=pb.Adopt(rank=rank, incarnation=incarnation)))
             case Tell(roster, topology):
@@ -353,6 +353,11 @@ class Control(control_pb2_grpc.ControlServicer):
                     self._tell_agent(host, pb.AgentOrder(topology=pb.Topology(json=text)))
             case JobDone():
                 self._tell_agents(pb.AgentOrder(done=pb.JobDone()))
+
+    def _welcome_order(self, host: int, *, fenced: bool) -> Any:
+        assert self._job is not None
+        term = term_message(self._job.term)
+        return pb.AgentOrder(welcome=pb.AgentWelcome(index=host, fenced=fenced, term=term))
 
     def _order(self, ranks: Iterable[int], order: Any) -> None:
         for rank in ranks:

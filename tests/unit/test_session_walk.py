@@ -259,6 +259,25 @@ def test_a_leader_that_hears_of_a_later_promise_gives_way_and_ends_no_rank() -> 
     asyncio.run(play())
 
 
+def test_a_host_under_a_number_that_is_anothers_is_fenced_and_the_other_goes_on() -> None:
+    async def play() -> None:
+        async with stage(3) as found:
+            control = found.control()
+            agents = [found.call(control, index) for index in (1, 2)]
+            await until(lambda: all(agent.said("welcome") for agent in agents), "takeover")
+            stranger = Agent(pb.AgentHello(host="stranger", index=2, door="127.0.0.1:2"))
+            found.tasks.append(asyncio.create_task(stranger.talk(control)))
+            await until(lambda: bool(stranger.said("welcome")), "an answer")
+            assert stranger.said("welcome")[0].fenced
+            assert not any(welcome.fenced for welcome in agents[1].said("welcome"))
+            stranger.outbox.put_nowait(None)
+            await until(stranger.ended.is_set, "its end")
+            assert control._job is not None
+            assert control._job.book.all[2].connected
+
+    asyncio.run(play())
+
+
 def test_a_minority_is_sent_away_within_its_deadline() -> None:
     async def play() -> None:
         async with stage(3) as found:

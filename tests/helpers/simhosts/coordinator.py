@@ -76,7 +76,11 @@ class Coordinator:
     def welcome(self, caller: Caller) -> None:
         assert self.job is not None
         actions = self.job.on_agent_hello(self.world.now_ns, caller.told, caller.ranks)
-        self.agents[caller.told.index] = caller
+        index, term = caller.told.index, self.job.term
+        if Welcome(index, fenced=True) in actions:
+            caller.pipe.send(1, lambda: caller.agent.on_welcome(index, True, term) if caller.current() else None)
+            return
+        self.agents[index] = caller
         caller.welcomed = True
         self.do(actions)
         self.beat(caller)
