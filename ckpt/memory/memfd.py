@@ -113,6 +113,15 @@ def _libc_madvise() -> Callable[[int, int, int], int]:
 _madvise: Final = _libc_madvise()
 
 
+def populate(memory: memoryview, start: int, stop: int) -> None:
+    """Map the pages of these bytes of an arena now: its memory is there, but a first store to each page would still
+    trap, at several times the price. Advice: a kernel that does not know it takes it as nothing."""
+    start, stop = start // mmap.PAGESIZE * mmap.PAGESIZE, min(stop, memory.nbytes)
+    if start < stop:
+        held = ctypes.c_char.from_buffer(memory, start)  # the mapping cannot go while the GIL is free
+        _madvise(ctypes.addressof(held), stop - start, _MADV_POPULATE_READ)
+
+
 class MappedHalf:
     """A descriptor, its mapping, and the Half in it. Owns the descriptor from the first line on.
 
@@ -140,15 +149,6 @@ class MappedHalf:
     def fd(self) -> int:
         """The descriptor, to be offered to the next manager; -1 once closed."""
         return self._fd
-
-    def populate(self, start: int, stop: int) -> None:
-        """Map the pages of these bytes now: their memory is there, but a first store to each would still trap, at
-        several times the price. Advice: a kernel that does not know it takes it as nothing."""
-        start, stop = start // mmap.PAGESIZE * mmap.PAGESIZE, min(stop, self.nbytes)
-        if self._map is None or start >= stop:
-            return
-        held = ctypes.c_char.from_buffer(self._map, start)  # the mapping cannot go while the GIL is free
-        _madvise(ctypes.addressof(held), stop - start, _MADV_POPULATE_READ)
 
     @property
     def memory_number(self) -> int:

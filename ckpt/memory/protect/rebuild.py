@@ -24,7 +24,8 @@ import xxhash
 from holdfast.proto.errors import SnapshotCorrupt, SnapshotError, SnapshotIncomplete
 
 from ..arena import Half, State, arena_bytes
-from ..client import MappedHalf, SmpClient
+from ..client import SmpClient
+from ..memfd import populate
 from ..table import HEADER_BYTES, Table
 from . import pen
 from .blocks import Shard, Sources, StripeReader
@@ -55,7 +56,8 @@ class RebuildCounters:
 class _Target:
     """The half that is being filled, and how far."""
 
-    mapped: MappedHalf
+    half: Half
+    index: int
     sealed: Sealed
     done: int = 0
     """Image bytes that are right, from the first on."""
@@ -66,20 +68,20 @@ class _Target:
         """Bytes of the image, to be stored to."""
         if stop > self._mapped:
             self._mapped = stop + _AHEAD_BYTES
-            self.mapped.populate(HEADER_BYTES + start, HEADER_BYTES + self._mapped)
-        return self.mapped.half.memory[HEADER_BYTES + start : HEADER_BYTES + stop]
+            populate(self.half.memory, HEADER_BYTES + start, HEADER_BYTES + self._mapped)
+        return self.half.memory[HEADER_BYTES + start : HEADER_BYTES + stop]
 
     def right(self, stop: int) -> None:
         """All bytes up to `stop` have the digests of their blocks."""
         end = min(stop, self.sealed.record.data_bytes)
         if self.done < end:
-            self._whole.update(self.mapped.half.memory[HEADER_BYTES + self.done : HEADER_BYTES + end])
+            self._whole.update(self.half.memory[HEADER_BYTES + self.done : HEADER_BYTES + end])
         self.done = stop
 
     def digest(self) -> bytes:
         """Of all data, once the image is whole: what lies behind the image included."""
         record = self.sealed.record
-        self._whole.update(self.mapped.half.memory[record.image_end : HEADER_BYTES + record.data_bytes])
+        self._whole.update(self.half.memory[record.image_end : HEADER_BYTES + record.data_bytes])
         return self._whole.digest()
 
 
@@ -169,7 +171,7 @@ class Rebuild:
         self._counters.rebuilt += 1
         self._counters.rebuilt_bytes += target.sealed.record.data_bytes
         nbytes = target.sealed.record.data_bytes
-        return Rebuilt(target.mapped.index, nbytes, source, tuple(self._used), time.monotonic() - began)
+        return Rebuilt(target.index, nbytes, source, tuple(self._used), time.monotonic() - began)
 
     def _held_here(self) -> tuple[int, int] | None:
         """(half, bytes) if the manager has it; a COPIED half is sealed by opening it."""
@@ -297,30 +299,31 @@ class Rebuild:
             return whole, info.step if info is not None and whole else -1
 
         half = min(self._halves, key=lambda half: (worth(half), half))
-        mapped = self._client.arena(self._slot, half, arena_bytes(table.entries, table.metadata))
-        plan = bytes.fromhex(record.plan)
-        placed = mapped.half.begin(table.step, plan, table.incarnation, table.entries, table.metadata)
+        with self._client.arena(self._slot, half, arena_bytes(table.entries, table.metadata)) as mapped:
+            number = mapped.memory_number
+        local, plan = self._sources.local, bytes.fromhex(record.plan)
+        # A Half of our own, for it knows whose fill it may finish: another rebuild may begin the same half after us.
+        mine = Half(local.mapping(self._slot, half, number).memory, local.job)
+        placed = mine.begin(table.step, plan, table.incarnation, table.entries, table.metadata)
         if tuple(placed) != table.entries:
             raise SnapshotCorrupt("a table whose entries lie elsewhere", slot=self._slot, step=self._step)
         # What lies in no stripe: entries behind the image, up to the table.
         extra = sealed.tail[: record.table_offset - record.image_end]
-        mapped.half.memory[record.image_end : record.table_offset] = extra
-        self._target = _Target(mapped, sealed)
+        mine.memory[record.image_end : record.table_offset] = extra
+        self._target = _Target(mine, half, sealed)
         return self._target
 
     def _seal(self, target: _Target) -> None:
         """Compare it with the record, finish it, and have it sealed."""
-        mapped, digest = target.mapped, target.digest()
-        wanted = target.sealed.record.data_digest
+        half, digest, wanted = target.half, target.digest(), target.sealed.record.data_digest
         if digest.hex() == wanted:
-            mapped.half.finish()
-            self._client.rebuilt(self._slot, mapped.index, self._step, digest)
-        if mapped.half.state is not State.SEALED or pen.sealed_digest(mapped.half) != wanted:
-            _spoil(mapped.half)
+            half.finish()
+            self._client.rebuilt(self._slot, target.index, self._step, digest)
+        if half.state is not State.SEALED or pen.sealed_digest(half) != wanted:
+            _spoil(half)
             raise SnapshotCorrupt(
                 "rebuilt other bytes than were sealed", slot=self._slot, step=self._step, failed=self._failed
             )
-        mapped.close()
 
     def _patience(self) -> None:
         if time.monotonic() > self._deadline:
