@@ -79,14 +79,14 @@ Start = Callable[..., tuple[list[Machine], Sources]]
 def start() -> Iterator[Start]:
     listeners: list[socket.socket] = []
 
-    def made(*nbytes: int) -> tuple[list[Machine], Sources]:
+    def made(*nbytes: int, options: Options = Options()) -> tuple[list[Machine], Sources]:  # noqa: B008
         machines = [Machine(held(size, 5)) for size in nbytes]
         for machine in machines:
             listeners.append(socket.create_server(("127.0.0.1", 0)))
             machine.start(listeners[-1])
-        peers = Peers(KEY, News(), Options())
+        peers = Peers(KEY, News(), options)
         peers.set_hosts({host: machine.address for host, machine in enumerate(machines, 1)})
-        return machines, Sources(Local(NO, JOB, News()), peers, Options(), lambda: 0, lambda slot, half: None)
+        return machines, Sources(Local(NO, JOB, News()), peers, options, lambda: 0, lambda slot, half: None)
 
     yield made
     for listener in listeners:
@@ -125,8 +125,8 @@ def test_a_reader_that_needs_one_block_has_one_block_sent(start: Start) -> None:
 
 
 def test_a_reader_that_stops_early_leaves_no_bytes_to_the_next_one(start: Start) -> None:
-    machines, sources = start(9 * BLOCK_BYTES)
-    for stop in (1, 2, 4, 5):
+    machines, sources = start(4 * BLOCK_BYTES)
+    for stop in (1, 2, 3, 4):
         with reader(sources, machines) as one:
             assert [taken(one, block) for block in range(stop)] == [machines[0].right(block) for block in range(stop)]
 
@@ -145,7 +145,8 @@ def test_a_flipped_bit_anywhere_in_what_was_asked_for_at_once_is_found_at_its_bl
 
 
 def test_bytes_of_the_next_fill_are_never_returned_and_accuse_nobody(start: Start) -> None:
-    machines, sources = start(20 * BLOCK_BYTES)
+    # More than sockets hold is under way, so the host is in the middle of sending when its half is overwritten.
+    machines, sources = start(20 * BLOCK_BYTES, options=Options(window=8))
     machine = machines[0]
     right = [machine.right(block) for block in range(20)]
     found = []
@@ -154,7 +155,7 @@ def test_bytes_of_the_next_fill_are_never_returned_and_accuse_nobody(start: Star
         entries = [ArenaEntry("w", "weight", "U8", (20 * BLOCK_BYTES,), 0, 20 * BLOCK_BYTES)]
         for entry in machine.held.half.begin(8, bytes(32), 0, entries, None):
             machine.held.half.view(entry)[:] = bytes(entry.nbytes)
-        with pytest.raises(SnapshotIncomplete, match=r"overwritten while it was read|not held here"):
+        with pytest.raises(SnapshotIncomplete, match="overwritten while it was read"):
             found += [taken(one, block) for block in range(1, 20)]
     assert found == right[: len(found)]
     assert machine.suspected == []
