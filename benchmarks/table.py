@@ -65,11 +65,11 @@ class Report:
         self._tables: list[str] = []
         self._began, self._load = time.monotonic(), load()
 
-    def line(self, value: dict[str, Any]) -> None:
-        """Print it as JSON."""
+    def line(self, value: dict[str, Any], *, print_as: str | None = None) -> None:
+        """Print it, as JSON as a rule."""
         text = json.dumps(value)
         self._lines.append(text)
-        print(text, flush=True)
+        print(text if print_as is None else print_as, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], note: str = "") -> None:
         """A table for the file, and a sentence under it."""
@@ -82,12 +82,18 @@ class Report:
         if self._path is None:
             return
         took = time.monotonic() - self._began
-        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_files(sys.argv[1:])])
         where = f"{machine()}. {time.strftime('%Y-%m-%d')}; {took:.0f} s; load before {self._load}, after {load()}."
         code = "\n".join(("```json", *self._lines, "```"))
         parts = [f"## {self._title}", f"`{command}`", where, *self._tables, code]
         with self._path.open("a") as file:
             file.write("\n\n".join(parts) + "\n\n")
+
+
+def _without_files(words: Sequence[str]) -> list[str]:
+    """What was asked for, without where it went."""
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if not {before, word} & {"--markdown", "--out"}]
 
 
 def _lines(path: str) -> list[str]:
