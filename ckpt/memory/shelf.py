@@ -3,7 +3,8 @@
     (slot, half) ──▶ MappedHalf        slot: whose state (a rank's number); half: 0 or 1, used in turn
 
     create ──▶ EMPTY ── rank: begin ▸ FILLING ▸ finish ▸ COPIED ── copied ▸ digest (worker) ▸ SEALED
-                                                                                           └▸ CORRUPT
+                                                              │                            └▸ CORRUPT
+                        protector: likewise, and its digest ──┴── rebuilt ─────────────────▸ SEALED
 
 Whatever takes time runs in the worker; its result comes back on the loop's thread, which alone changes the
 shelf and alone writes verdicts. Never changes a tensor's byte, never parses metadata. Invariants:
