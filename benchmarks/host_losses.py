@@ -143,7 +143,7 @@ def start_in_waves(hosts: Hosts, arguments: list[str], options: list[str]) -> Ho
 
 def lose(job: HostJob, lost: tuple[int, ...]) -> float:
     """Kill these hosts at the same moment, and have them come back; seconds until training went on."""
-    before, step = count(job, "recovery"), steps_of(job)
+    before, placement, step = count(job, "recovery"), newest_placement(job), steps_of(job)
     wait_for(lambda: steps_of(job) > step, RECOVER_S, "a step")
     began = time.monotonic()
     for index in lost:
@@ -153,7 +153,8 @@ def lose(job: HostJob, lost: tuple[int, ...]) -> float:
         come_back(job, index, coordinator)
     wait_for(lambda: count(job, "recovery") > before, RECOVER_S, f"recovery from {lost}")
     seconds = time.monotonic() - began
-    wait_for(lambda: is_protected(job), RECOVER_S, f"parity after {lost}")
+    # The hosts that came back are new ones, so there is another placement: the old one's parity was theirs too.
+    wait_for(lambda: newest_placement(job) > placement and is_protected(job), RECOVER_S, f"parity after {lost}")
     return seconds
 
 
