@@ -5,8 +5,8 @@
 A snapshot manager and a protector a host, all on this machine. A step is protected and the first host killed. In each
 round a replacement that holds nothing starts, and has the lost slot rebuilt: every byte comes from k other hosts over
 TCP (mirror: one), is digested, decoded, digested where it lies, and sealed. Around each rebuild, in turn: the same
-number of bytes over one bare connection from another process (sent from and received into warm memory of that size),
-and decoding alone, block by block in warm memory. Rates are of received bytes, k for each byte rebuilt. The replacement
+number of bytes over one bare connection from another process (from and into warm memory of the slot's size), and
+decoding alone, block by block in warm memory. Rates are of received bytes, k for each byte rebuilt. The replacement
 has taken the memory before, as a rank does at its start (--memory warm), or takes it then (cold): on a virtual machine
 new memory costs many times its use. A ratio is of one round: rebuild over the smaller of decoding and the mean of the
 two transfers around it. Goal: >= 0.6. One JSON line a code and kind of memory.
@@ -38,12 +38,12 @@ BLOCK = 1 << 20
 GOAL = 0.6
 SENDER = """
 import socket, sys
-port, nbytes, block = map(int, sys.argv[1:])
-source = memoryview(bytearray(b"x" * nbytes))
+port, nbytes, size, block = map(int, sys.argv[1:])
+source = memoryview(bytearray(b"x") * size)
 with socket.create_connection(("127.0.0.1", port)) as out:
     out.recv(1)
     for start in range(0, nbytes, block):
-        out.sendall(source[start : start + block])
+        out.sendall(source[start % size : start % size + block])
 """
 
 
@@ -55,7 +55,8 @@ def warm(nbytes: int) -> memoryview:
 def loopback(nbytes: int, target: memoryview) -> float:
     """Bytes a second over one connection from another process, in blocks."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        command = [sys.executable, "-c", SENDER, str(server.getsockname()[1]), str(nbytes), str(BLOCK)]
+        numbers = server.getsockname()[1], nbytes, len(target), BLOCK
+        command = [sys.executable, "-c", SENDER, *map(str, numbers)]
         sender = subprocess.Popen(command)
         connection, _ = server.accept()
         with connection:
