@@ -1,7 +1,7 @@
 """A whole process, measured from outside: wall time, CPU of it and its children, memory of all of them together.
 
     run([...]) ──▶ wall    from fork to exit                    cpu   user + system, of all that it waited for
-                   rss     most resident memory of any one      sum_rss, sum_pss   of the process tree      (all three sampled)
+                   rss     most resident memory of any one      sum_rss, sum_pss   of the process tree (all are sampled)
 
 The page cache is part of what is measured and so is brought into one state: `warm` reads the source, `settle` writes
 back what earlier runs left dirty. Sampling runs in the benchmark's process, so its cost is in nobody's CPU time.

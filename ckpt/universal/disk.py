@@ -12,14 +12,20 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Final
 
 from .errors import StorageError
 
+WRITE_BACK_BYTES: Final = 256 << 10
+"""Writes from this size on start on their way to the disk at once; smaller ones wait for the fsync."""
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,6 +68,8 @@ class Disk:
     def pwrite(self, fd: int, data: memoryview, offset: int) -> None:
         while data.nbytes:
             done = os.pwrite(fd, data, offset)
+            if done >= WRITE_BACK_BYTES:
+                write_back(fd, offset, done)
             data, offset = data[done:], offset + done
 
     def append(self, fd: int, data: bytes) -> None:
@@ -101,3 +109,26 @@ class Disk:
                 self.fsync(fd)
         finally:
             os.close(fd)
+
+
+def write_back(fd: int, offset: int, nbytes: int) -> None:
+    """Have the kernel begin to write a range out, and go on.
+
+    All of it left to one fsync at the end, the disk idles while we compute and we wait while it writes; and a
+    writer with much unwritten behind it is slowed down by the kernel, to a fifth of the disk's speed where this
+    was measured. A hint: nothing depends on it, and where it is not known it does nothing.
+    """
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], Any] | None:
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is None:
+        return None
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    call.restype = ctypes.c_int
+    found: Callable[[int, int, int, int], Any] = call
+    return found

@@ -25,7 +25,7 @@ from .chunks import Codec, digest, stored_offsets
 from .convert import convert
 from .errors import CorruptError, IncompleteError, UsageError
 from .files import Files
-from .geometry import Copy, copies, is_flat, region_tiles, slab_tiles
+from .geometry import Copy, is_flat, region_size, taken
 from .model import ITEM_BYTES, Checkpoint, Region, Slab, TensorState
 from .strided import copy as strided_copy
 
@@ -113,7 +113,7 @@ class Reader:
         tensor = self.checkpoint.tensor(name, state)
         if dtype and dtype != tensor.dtype:
             return self._converted(tensor, region, out, dtype)
-        _, size = region_tiles(region, tensor.shape, f"{name}:{state}")
+        size = region_size(region, tensor.shape, f"{name}:{state}")
         view = _buffer(out, size * ITEM_BYTES[tensor.dtype], tensor)
         self._run(self._tasks(tensor, region, view))
         return view
@@ -123,7 +123,7 @@ class Reader:
         tasks: list[Callable[[], None]] = []
         for name, state, region, out in wanted:
             tensor = self.checkpoint.tensor(name, state)
-            _, size = region_tiles(region, tensor.shape, f"{name}:{state}")
+            size = region_size(region, tensor.shape, f"{name}:{state}")
             tasks += self._tasks(tensor, region, _buffer(out, size * ITEM_BYTES[tensor.dtype], tensor))
         self._run(tasks)
 
@@ -151,13 +151,13 @@ class Reader:
     # ---- from regions to tasks ----------------------------------------------------------------------------
 
     def _tasks(self, tensor: TensorState, region: Region | None, out: memoryview) -> list[Callable[[], None]]:
-        targets, size = region_tiles(region, tensor.shape)
+        size = region_size(region, tensor.shape)
         item = ITEM_BYTES[tensor.dtype]
         self.bytes_wanted += size * item
         tasks: list[Callable[[], None]] = []
         held = 0
         for slab in tensor.slabs:
-            found = list(copies(slab_tiles(slab, tensor.shape), targets))
+            found = taken(slab, region, tensor.shape)
             if not found:
                 continue
             held += sum(copy.elements for copy in found)
@@ -274,7 +274,7 @@ class Reader:
 
     def _converted(self, tensor: TensorState, region: Region | None, out: Any, dtype: str) -> memoryview:
         """A read with conversion, by parts along the flat range or dim 0: memory of a few blocks."""
-        _, size = region_tiles(region, tensor.shape, f"{tensor.name}:{tensor.state}")
+        size = region_size(region, tensor.shape, f"{tensor.name}:{tensor.state}")
         view = _buffer(out, size * ITEM_BYTES[dtype], tensor)
         done = 0
         for part in _parts(region, tensor, size):

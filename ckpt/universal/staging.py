@@ -25,7 +25,7 @@ from .archive import compress_file, packed_slab
 from .chunks import Buffer, digest
 from .disk import Disk, explained
 from .errors import IncompleteError, UsageError
-from .geometry import Copy, copies, region_tiles, slab_tiles
+from .geometry import Copy, given, region_size
 from .journal import FILE_NAME as JOURNAL
 from .journal import Journal, Packed, read_journal
 from .layout import FILE_BYTES_MAX, Layout, StatePlan, make_layout, plan_digest
@@ -220,7 +220,7 @@ class Stage:
         """
         members = self._members(name, state)
         tensor = members[0].tensor
-        source, size = region_tiles(region, tensor.shape, f"{name}:{state}")
+        size = region_size(region, tensor.shape, f"{name}:{state}")
         item = ITEM_BYTES[tensor.dtype]
         plain = memoryview(data)
         if plain.nbytes != size * item:
@@ -232,7 +232,7 @@ class Stage:
         plain = plain.cast("B")
         with explained(self.folder / members[0].slab.span.file, "writing a checkpoint"):
             for member in members:
-                for copy in copies(source, slab_tiles(member.slab, tensor.shape)):
+                for copy in given(region, member.slab, tensor.shape):
                     self._put_copy(member, copy, plain, item)
 
     def _put_copy(self, member: SlabProgress, copy: Copy, data: memoryview, item: int) -> None:

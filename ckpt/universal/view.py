@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
-from .geometry import region_tiles
+from .geometry import region_size
 from .model import ITEM_BYTES, Checkpoint, Region, TensorState
 from .read import BLOCK_BYTES, Reader
 
@@ -45,7 +45,7 @@ class View(Reader):
         tensor = self.checkpoint.tensor(name, state)
         if dtype and dtype != tensor.dtype:
             return self._converted(tensor, region, out, dtype)
-        _, size = region_tiles(region, tensor.shape, f"{name}:{state}")
+        size = region_size(region, tensor.shape, f"{name}:{state}")
         nbytes = size * ITEM_BYTES[tensor.dtype]
         out = np.empty(nbytes, np.uint8) if out is None else out
         view = memoryview(out)
