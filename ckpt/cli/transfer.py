@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..universal.errors import UsageError
+from ..universal.files import block
 from ..universal.manifest import TOPIC
 from ..universal.model import ITEM_BYTES, Checkpoint, Region, Role, TensorState
 from ..universal.plan import TARGETS, Estimate, Wanted, check, estimate, jobs_within
@@ -163,7 +164,7 @@ def _copy_all(reader: Reader, writer: Writer, tensors: Iterable[TensorState], jo
 def _copy(reader: Reader, writer: Writer, tensor: TensorState, local: threading.local) -> None:
     """`local`: this thread's block, used again: fresh pages for each would cost more than the copy."""
     if not hasattr(local, "block"):
-        local.block = memoryview(bytearray(BLOCK_BYTES))
+        local.block = block(BLOCK_BYTES)
     item = ITEM_BYTES[tensor.dtype]
     for first, last in writer.missing(*tensor.key):
         for low, high in blocks(tensor, first, last):

@@ -9,6 +9,7 @@ link is refused; in other people's folders (Hugging Face's cache is one of links
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -20,6 +21,11 @@ from .disk import explained
 from .errors import CorruptError, IncompleteError
 
 OPEN_MAX: Final = 128
+
+
+def block(nbytes: int) -> memoryview:
+    """Memory to read into again and again: private, and touched only where it is used."""
+    return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class _Open:

@@ -19,12 +19,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
-import numpy as np
-
 from .chunks import Codec, digest, stored_offsets
 from .convert import convert
 from .errors import CorruptError, IncompleteError, UsageError
-from .files import Files
+from .files import Files, block
 from .geometry import Copy, is_flat, region_size, taken
 from .model import ITEM_BYTES, Checkpoint, Region, Slab, TensorState
 from .strided import copy as strided_copy
@@ -268,9 +266,10 @@ class Reader:
         """Memory of this thread, used again: fresh pages would cost more than the read."""
         held = getattr(self._local, use, None)
         if held is None or held.nbytes < nbytes:
-            held = np.empty(max(nbytes, BLOCK_BYTES), np.uint8).data
+            held = block(max(nbytes, BLOCK_BYTES))
             setattr(self._local, use, held)
-        return memoryview(held)[:nbytes]
+        part: memoryview = held[:nbytes]
+        return part
 
     def _converted(self, tensor: TensorState, region: Region | None, out: Any, dtype: str) -> memoryview:
         """A read with conversion, by parts along the flat range or dim 0: memory of a few blocks."""
@@ -315,7 +314,9 @@ def _parts(region: Region | None, tensor: TensorState, size: int) -> Iterator[Re
 
 def _buffer(out: Any, nbytes: int, tensor: TensorState) -> memoryview:
     if out is None:
-        out = np.empty(nbytes, np.uint8)
+        import numpy
+
+        out = numpy.empty(nbytes, numpy.uint8)  # a bytearray would be zeroed first
     view = memoryview(out)
     if view.nbytes != nbytes or view.readonly or not view.c_contiguous:
         raise UsageError(

@@ -14,13 +14,12 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import xxhash
 
 from .chunks import digest, stored_offsets
-from .files import Files
+from .files import Files, block
 from .model import Slab
 
 RUN_BYTES: Final = 8 << 20
@@ -73,8 +72,8 @@ def scan(
         base = parts[0][0]
         total = parts[-1][0] + parts[-1][1] - base
         if not hasattr(local, "memory") or local.memory.nbytes < total:
-            local.memory = np.empty(max(RUN_BYTES, total), np.uint8).data
-        memory: Any = local.memory
+            local.memory = block(max(RUN_BYTES, total))
+        memory: memoryview = local.memory
         files.read_into(path, base, memory[:total])
         for offset, nbytes, slab, chunk in parts:
             on_chunk(slab, chunk, offset, nbytes, digest(memory[offset - base : offset - base + nbytes]))

@@ -15,8 +15,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-
 from .errors import UsageError
 from .geometry import region_size
 from .model import ITEM_BYTES, Checkpoint, Region, TensorState
@@ -47,7 +45,10 @@ class View(Reader):
             return self._converted(tensor, region, out, dtype)
         size = region_size(region, tensor.shape, f"{name}:{state}")
         nbytes = size * ITEM_BYTES[tensor.dtype]
-        out = np.empty(nbytes, np.uint8) if out is None else out
+        if out is None:
+            import numpy
+
+            out = numpy.empty(nbytes, numpy.uint8)
         view = memoryview(out)
         if view.nbytes != nbytes or view.readonly or not view.c_contiguous:
             raise UsageError("not a writable buffer of the right size", name=name, bytes=view.nbytes, expected=nbytes)
