@@ -115,7 +115,8 @@ def write_ours(
     reader: Reader, job: Job, arguments: argparse.Namespace, jobs: int, done: Done | None = None
 ) -> Checkpoint:
     """Stream every tensor into a checkpoint of our format."""
-    options = WriteOptions(archive=arguments.archive, tile=arguments.tile, resume=arguments.resume, jobs=jobs)
+    how = {name: getattr(arguments, name) for name in ("archive", "tile", "resume")}
+    options = WriteOptions(direct=True, jobs=jobs, **how)
     source = reader.checkpoint
     with Writer(job.target, options) as writer:
         writer.begin(plans(source))

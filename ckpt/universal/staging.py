@@ -23,6 +23,7 @@ from typing import Final
 
 from .archive import compress_file, packed_slab
 from .chunks import Buffer, digest
+from .direct import DirectFile
 from .disk import Disk, explained
 from .errors import IncompleteError, UsageError
 from .geometry import Copy, given, region_size
@@ -47,6 +48,8 @@ class WriteOptions:
     resume: bool = False
     """Take up an interrupted write of the same plan; and leave one behind if this one fails."""
     fsync: bool = True
+    direct: bool = False
+    """Write past the page cache where that is possible: for more than memory holds, or what nobody reads next."""
     file_bytes_max: int = FILE_BYTES_MAX
     jobs: int = 2
     """Threads that compress."""
@@ -69,6 +72,7 @@ class Stage:
         self._disk = disk
         self._lock = threading.Lock()
         self._fds: list[int] = []
+        self._direct: list[DirectFile] = []
         self._progress: dict[tuple[str, str], list[SlabProgress]] = {}
         self._by_file: list[list[SlabProgress]] = []
         self._headers: list[bytes] = []
@@ -146,9 +150,12 @@ class Stage:
         for folder in sorted(folders):
             self._disk.mkdir(self.folder / folder)
         self._headers = [file.header for file in self.layout.files]
+        local = threading.local()
         for index, file in enumerate(self.layout.files):
             fd = self._disk.open(self.folder / file.path)
             self._fds.append(fd)
+            if self._options.direct and not self._options.archive:  # which reads all of it again, to compress
+                self._direct.append(DirectFile(self._disk, self.folder / file.path, fd, local))
             if index in packed and self._believe_packed(index, packed[index]):
                 continue
             self._disk.allocate(fd, file.nbytes)
@@ -275,7 +282,11 @@ class Stage:
             with self._lock:
                 wanted = list(member.fresh(start, stop))
             for first, last in wanted:
-                self._disk.pwrite(fd, block[first - start : last - start], slab.span.offset + first)
+                part, at = block[first - start : last - start], slab.span.offset + first
+                if self._direct:
+                    self._direct[index].pwrite(part, at)
+                else:
+                    self._disk.pwrite(fd, part, at)
             with self._lock:
                 self._settle(index, member, member.written(start, block, whole, read_back), wanted)
             start = stop
@@ -354,6 +365,8 @@ class Stage:
             if self._journal is not None:
                 self._journal.close()
                 self._journal = None
+            for file in self._direct:
+                file.close()
             for fd in [*self._fds, self._locked]:
                 os.close(fd)
-            self._fds = []
+            self._fds, self._direct = [], []
