@@ -37,7 +37,8 @@ def environment(python: Path) -> dict[str, str]:
     """One thread a process; tools that are installed beside the interpreter (ninja) are found."""
     path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
     more = {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONSAFEPATH": "1"}
-    return {**os.environ, **more}
+    # An installed package has its bytecode; so must a checkout, or it is the compiler that is measured.
+    return {**{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}, **more}
 
 
 def run_ranks(python: Path, script: str, world: int, options: Mapping[str, Any], work: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from holdfast.ckpt.universal import geometry
 from holdfast.ckpt.universal.errors import CheckpointError
 from holdfast.ckpt.universal.geometry import boxes_of_flat, check_cover, copies, region_tiles, slab_tiles, volume
 from holdfast.ckpt.universal.model import Checkpoint, Slab, Span, TensorState, validate
@@ -166,6 +167,30 @@ def test_a_cover_is_accepted_and_one_box_less_or_twice_is_not(draw: st.DataObjec
         check_cover(tensor(parts[1:]))
     with pytest.raises(CheckpointError, match="same elements"):
         check_cover(tensor([*parts, parts[-1]]))
+
+
+@COMMON
+@given(st.data())
+def test_slab_and_region_share_what_numpy_says_both_ways(draw: st.DataObject) -> None:
+    shape = draw.draw(shapes())
+    array = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint16).reshape(shape)
+    one, other = draw.draw(regions(shape)), draw.draw(regions(shape))
+    flat = one is not None and len(one) == 2 and isinstance(one[0], int)  # type: ignore[arg-type,index]
+    held = taken(array, one)
+    box = None if flat else tuple((0, n) for n in shape) if one is None else one
+    slab = Slab(Span("f", 0, len(held)), "BF16", box=box, flat=one if flat else None)  # type: ignore[arg-type]
+    inside = np.isin(np.frombuffer(taken(array, other), np.uint16), np.frombuffer(held, np.uint16))
+    out = np.zeros(len(inside), np.uint16)
+    for copy in geometry.taken(slab, other, shape):  # type: ignore[arg-type]
+        strided_copy(held, copy.source, out.data.cast("B"), copy.target, copy.dims, 2)
+    assert (out == np.where(inside, np.frombuffer(taken(array, other), np.uint16), 0)).all()
+    back = np.zeros(len(held) // 2, np.uint16)
+    for copy in geometry.given(other, slab, shape):  # type: ignore[arg-type]
+        strided_copy(taken(array, other), copy.source, back.data.cast("B"), copy.target, copy.dims, 2)
+    inside = np.isin(np.frombuffer(held, np.uint16), np.frombuffer(taken(array, other), np.uint16))
+    assert (back == np.where(inside, np.frombuffer(held, np.uint16), 0)).all()
+    if flat and other is None:
+        assert len(geometry.taken(slab, other, shape)) <= 1, "what lies side by side is one run"
 
 
 @COMMON
