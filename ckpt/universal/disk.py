@@ -12,7 +12,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import os
@@ -80,6 +79,14 @@ class Disk:
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
 
+    def fsync_file(self, path: Path) -> None:
+        """Of several new files, fsync after all are written: the first then commits the names of all."""
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self.fsync(fd)
+        finally:
+            os.close(fd)
+
     def fsync_directory(self, path: Path) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -100,13 +107,15 @@ class Disk:
         shutil.rmtree(path)
 
     def write_file(self, path: Path, data: bytes, *, sync: bool = True) -> None:
-        """A whole file at once, durable on return."""
+        """A whole file at once; with `sync`, durable on return."""
         fd = self.open(path)
         try:
             os.ftruncate(fd, 0)
             self.pwrite(fd, memoryview(data), 0)
             if sync:
                 self.fsync(fd)
+            else:
+                write_back(fd, 0, len(data))
         finally:
             os.close(fd)
 
@@ -125,6 +134,8 @@ def write_back(fd: int, offset: int, nbytes: int) -> None:
 
 @functools.cache
 def _sync_file_range() -> Callable[[int, int, int, int], Any] | None:
+    import ctypes
+
     call = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if call is None:
         return None

@@ -52,7 +52,7 @@ class WriteOptions:
     """Write past the page cache where that is possible: for more than memory holds, or what nobody reads next."""
     file_bytes_max: int = FILE_BYTES_MAX
     jobs: int = 2
-    """Threads that compress."""
+    """Threads that compress; and those of save_universal()."""
     id: str = ""
     """Tells two saves apart; random if empty."""
 
@@ -263,7 +263,7 @@ class Stage:
             self._put_run(member, (copy.target + at * outer[2]) * item, memoryview(taken.tobytes()))
 
     def _put_run(self, member: SlabProgress, low: int, data: memoryview) -> None:
-        slab, size = member.slab, member.slab.chunk_bytes
+        slab, size, end = member.slab, member.slab.chunk_bytes, member.slab.nbytes
         index = member.file
         fd = self._fds[index]
 
@@ -276,7 +276,7 @@ class Stage:
             block = data[start - low : stop - low]
             whole = {}
             for chunk in range(-(-start // size), -(-stop // size)):
-                first, last = chunk * size, min((chunk + 1) * size, slab.nbytes)
+                first, last = chunk * size, min((chunk + 1) * size, end)
                 if last <= stop:
                     whole[chunk] = digest(block[first - start : last - start])
             with self._lock:
