@@ -1,6 +1,6 @@
 """One sequential pass over a file: the digest of every chunk in it, and of the bytes between the slabs.
 
-    |header|chunk|chunk|chunk .. |gap|chunk ..|        runs of neighbours are read together, up to 8 MiB
+    |header|chunk|chunk|chunk .. |gap|chunk ..|        runs of neighbours are read together, up to 2 MiB
      rest   ────── on_chunk ─────  rest
 
 Adopting computes digests with it, verifying compares them. Reading and digesting are spread over `jobs`
@@ -22,7 +22,8 @@ from .chunks import digest, stored_offsets
 from .files import Files, block
 from .model import Slab
 
-RUN_BYTES: Final = 8 << 20
+RUN_BYTES: Final = 2 << 20
+"""What a core keeps in its own cache between reading and digesting: larger runs go to memory and back."""
 
 OnChunk = Callable[[int, int, int, int, str], None]
 """Index of the slab, of the chunk, offset in the file, bytes, digest. Called from any thread."""
