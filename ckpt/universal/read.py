@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 from .chunks import Codec, digest, stored_offsets
 from .convert import convert
 from .errors import CorruptError, IncompleteError, UsageError
-from .files import Files, block
+from .files import HUGE_BYTES, Files, block
 from .geometry import Copy, is_flat, region_size, taken
 from .model import ITEM_BYTES, Checkpoint, Region, Slab, TensorState
 from .strided import copy as strided_copy
@@ -112,7 +112,7 @@ class Reader:
         if dtype and dtype != tensor.dtype:
             return self._converted(tensor, region, out, dtype)
         size = region_size(region, tensor.shape, f"{name}:{state}")
-        view = _buffer(out, size * ITEM_BYTES[tensor.dtype], tensor)
+        view = buffer(out, size * ITEM_BYTES[tensor.dtype], tensor)
         self._run(self._tasks(tensor, region, view))
         return view
 
@@ -122,7 +122,7 @@ class Reader:
         for name, state, region, out in wanted:
             tensor = self.checkpoint.tensor(name, state)
             size = region_size(region, tensor.shape, f"{name}:{state}")
-            tasks += self._tasks(tensor, region, _buffer(out, size * ITEM_BYTES[tensor.dtype], tensor))
+            tasks += self._tasks(tensor, region, buffer(out, size * ITEM_BYTES[tensor.dtype], tensor))
         self._run(tasks)
 
     def stream(self, name: str, state: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, memoryview]]:
@@ -274,7 +274,7 @@ class Reader:
     def _converted(self, tensor: TensorState, region: Region | None, out: Any, dtype: str) -> memoryview:
         """A read with conversion, by parts along the flat range or dim 0: memory of a few blocks."""
         size = region_size(region, tensor.shape, f"{tensor.name}:{tensor.state}")
-        view = _buffer(out, size * ITEM_BYTES[dtype], tensor)
+        view = buffer(out, size * ITEM_BYTES[dtype], tensor)
         done = 0
         for part in _parts(region, tensor, size):
             data = convert(self.read(tensor.name, tensor.state, part), tensor.dtype, dtype)
@@ -312,11 +312,10 @@ def _parts(region: Region | None, tensor: TensorState, size: int) -> Iterator[Re
         yield ((low, min(low + rows, last)), *rest)
 
 
-def _buffer(out: Any, nbytes: int, tensor: TensorState) -> memoryview:
+def buffer(out: Any, nbytes: int, tensor: TensorState) -> memoryview:
+    """`out` as bytes to fill, or new ones; UsageError if it is not what a read fills."""
     if out is None:
-        import numpy
-
-        out = numpy.empty(nbytes, numpy.uint8)  # a bytearray would be zeroed first
+        out = block(nbytes) if nbytes >= HUGE_BYTES else bytearray(nbytes)
     view = memoryview(out)
     if view.nbytes != nbytes or view.readonly or not view.c_contiguous:
         raise UsageError(
