@@ -314,10 +314,10 @@ class Stage:
             slabs = [replace(m.slab, digests=tuple(d or "" for d in m.digests)) for m in self._by_file[index]]
             with explained(self.folder / file.path, "compressing a checkpoint"):
                 header, packed = compress_file(self._disk, self.folder, file, slabs, self._options.jobs)
-            with self._lock:
-                assert self._journal is not None
-                self._journal.packed(index, packed)
-                self._headers[index], self._packed[index] = header, packed
+                with self._lock:
+                    assert self._journal is not None
+                    self._journal.packed(index, packed)
+                    self._headers[index], self._packed[index] = header, packed
         elif self._options.fsync:
             with explained(self.folder / file.path, "making a checkpoint durable"):
                 self._disk.fsync(self._fds[index])
