@@ -213,7 +213,7 @@ def reshard(setting: Setting) -> Iterator[Line]:
         for side in ("dcp", "same_files", "ours"):
             mine = [row for row in rows if (row["dim"], row["side"]) == (dim, side)]
             walls[side] = [row["wall"] for row in mine]
-            line[side] = {"wall": spread(walls[side]), "amplification": spread(row["amplification"] for row in mine)}
+            line[side] = {what: spread(row[what] for row in mine) for what in ("wall", "cpu", "amplification")}
         # Along dim 0 both read the very files that DCP wrote; along dim 1 we have tiles, and verify them.
         mine_is = "same_files" if dim == 0 else "ours"
         line["ratio"] = over(walls[mine_is], walls["dcp"])

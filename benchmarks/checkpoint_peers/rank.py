@@ -94,17 +94,18 @@ def load(options: dict[str, Any], rank: int, world: int) -> None:
         for turn in range(-1, options["rounds"]):
             for side, loads in sides.items():
                 dist.barrier()
-                asked, started = bytes_asked(), time.perf_counter()
+                asked, started, used = bytes_asked(), time.perf_counter(), time.process_time()
                 found = loads(dim)
-                asked, spent = bytes_asked() - asked, time.perf_counter() - started
-                figures = torch.tensor([spent, asked / wanted], dtype=torch.float64)
+                spent, used = time.perf_counter() - started, time.process_time() - used
+                asked = bytes_asked() - asked
+                figures = torch.tensor([spent, used, asked / wanted], dtype=torch.float64)
                 dist.all_reduce(figures, dist.ReduceOp.MAX)
                 if turn < 0:  # warms everything that is imported or built at first use
                     expected = expected or found
                     assert all(torch.equal(expected[name], found[name]) for name in expected), (side, dim)
                 else:
-                    row = {"dim": dim, "side": side, "wall": float(figures[0]), "amplification": float(figures[1])}
-                    report.append(row)
+                    names = ("wall", "cpu", "amplification")
+                    report.append({"dim": dim, "side": side, **dict(zip(names, figures.tolist(), strict=True))})
                 del found
     if rank == 0:
         Path(options["report"]).write_text(json.dumps(report))
