@@ -81,14 +81,13 @@ class Disk:
 
     def fsync_file(self, path: Path) -> None:
         """Of several new files, fsync after all are written: the first then commits the names of all."""
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            self.fsync(fd)
-        finally:
-            os.close(fd)
+        self._fsync_path(path, os.O_NOFOLLOW)
 
     def fsync_directory(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._fsync_path(path, os.O_DIRECTORY)
+
+    def _fsync_path(self, path: Path, flags: int) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
         try:
             self.fsync(fd)
         finally:
