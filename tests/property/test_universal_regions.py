@@ -216,6 +216,17 @@ def test_a_copy_clipped_at_any_cuts_is_the_copy(draw: st.DataObject) -> None:
     assert sum(high - low for low, high in read) == size * 2, "without a gap exactly the wanted bytes are read"
 
 
+def test_a_box_is_a_flat_range_exactly_if_its_elements_follow_one_another() -> None:
+    for shape in [(3, 4, 2), (2, 1, 3), (5,), (1, 3)]:
+        array = np.arange(np.prod(shape)).reshape(shape)
+        sides = [[(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in shape]
+        for box in itertools.product(*sides):
+            inside = array[tuple(slice(*pair) for pair in box)].reshape(-1)
+            follow = bool((np.diff(inside) == 1).all())
+            expected = (int(inside[0]), int(inside[-1]) + 1) if follow else None
+            assert geometry.flat_of(box, shape) == expected, (shape, box)
+
+
 def test_every_box_of_a_small_tensor_clipped_at_every_cut_is_exactly_its_part() -> None:
     shape = (3, 4, 2)
     array = np.arange(24, dtype=np.uint16)
