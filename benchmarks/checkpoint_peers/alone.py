@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from measure import warm
 from state import shapes
 
 from holdfast.ckpt.universal.open import open_checkpoint
@@ -195,6 +196,7 @@ def loads(work: Path) -> Sides:
                 assert all(torch.equal(tensors[name], found[name]) for name in tensors), side
             return spent
 
+        warm(paths[side.removesuffix("_2_jobs")])
         spent = apart(timed)
         compared.add(side)
         return spent
@@ -235,6 +237,7 @@ def verifications(work: Path) -> Sides:
             assert not found, found
             return spent
 
+        warm(path)
         return apart(timed)
 
     sides: Sides = {}
