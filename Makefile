@@ -83,6 +83,7 @@ bench: venv  ## measure (ARGS: options of holdfast bench)
 	$(BIN)/holdfast bench $(ARGS)
 
 bench-checkpoints: interop  ## measure checkpoints against DeepSpeed's tools and others (ARGS goes to the script)
+	$(VENV)/interop/bin/pip install -q huggingface_hub
 	$(VENV)/interop/bin/holdfast bench checkpoints $(ARGS)
 
 clean:  ## remove what these words made, but for the virtual environment and your runs

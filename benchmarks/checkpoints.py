@@ -51,9 +51,13 @@ class Setting:
     scale: int
     deepspeed: Path | None
 
-    def peer(self) -> Path:
+    def peer(self, *beside: str) -> Path:
+        """DeepSpeed's interpreter. NotInstalled: there is none, or it has not what must be beside it."""
         if self.deepspeed is None:
             raise NotInstalled("DeepSpeed is not installed: make bench-checkpoints, or --deepspeed-python")
+        for module in beside:
+            if not has(self.deepspeed, module):
+                raise NotInstalled(f"{module} is not installed beside DeepSpeed, whose tool needs it")
         return self.deepspeed
 
     def command(self, *words: str | Path) -> Spent:
@@ -173,7 +177,8 @@ def flat(setting: Setting) -> Iterator[Line]:
 
 
 def export(setting: Setting) -> Iterator[Line]:
-    source = fixtures.deepspeed(setting.work, setting.peer(), 3, setting.scale)
+    python = setting.peer("safetensors", "huggingface_hub")
+    source = fixtures.deepspeed(setting.work, python, 3, setting.scale)
     ours, theirs = setting.work / "exported", setting.work / "exported-peer"
     tool = source / "zero_to_fp32.py"
     mine: list[Spent] = []
@@ -285,17 +290,20 @@ CLAIMS: dict[str, Callable[[Setting], Iterator[Line]]] = {
 # ---- the command ----------------------------------------------------------------------------------------------
 
 
+def has(python: str | Path, module: str) -> bool:
+    """Whether an interpreter is there, and finds the module."""
+    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    with contextlib.suppress(OSError):
+        return subprocess.run([python, "-c", probe], check=False, capture_output=True).returncode == 0
+    return False
+
+
 def python_with_deepspeed(given: str) -> Path | None:
     """The interpreter that has DeepSpeed: the given one, this one, or that of `make test-interop`."""
     places = (
         [given] if given else [sys.executable, str(Path(__file__).resolve().parents[1] / ".venv/interop/bin/python")]
     )
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('deepspeed') is None)"
-    for place in places:
-        with contextlib.suppress(OSError):
-            if subprocess.run([place, "-c", probe], check=False, capture_output=True).returncode == 0:
-                return Path(place)
-    return None
+    return next((Path(place) for place in places if has(place, "deepspeed")), None)
 
 
 def rows(line: Line) -> Iterator[str]:
