@@ -29,7 +29,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help venv demo test test-interop check format types proto links chaos bench clean
+.PHONY: help venv demo test interop test-interop check format types proto links chaos bench bench-checkpoints clean
 .DEFAULT_GOAL := help
 
 help:  ## list these words
@@ -47,9 +47,11 @@ test: venv  ## all tests
 	$(BIN)/pytest -q tests/multiprocess $(ARGS) || [ $$? = 5 ]
 
 # An environment of its own: DeepSpeed has no place among what our users install. It builds nothing but itself here.
-test-interop:  ## tests against the real DeepSpeed and FSDP2, for some minutes (ARGS goes to pytest)
+interop:
 	$(MAKE) venv VENV=$(VENV)/interop
 	DS_BUILD_OPS=0 $(VENV)/interop/bin/pip install -q --no-build-isolation 'deepspeed==0.19.8'
+
+test-interop: interop  ## tests against the real DeepSpeed and FSDP2, for some minutes (ARGS goes to pytest)
 	HOLDFAST_INTEROP=1 $(VENV)/interop/bin/pytest -q tests/interop $(ARGS)
 
 check: venv  ## lint, formatting, and whether generated code is current
@@ -82,6 +84,10 @@ chaos: venv  ## train while processes are killed, stopped and hung at random (AR
 
 bench: venv  ## measure (ARGS: options of holdfast bench)
 	$(BIN)/holdfast bench $(ARGS)
+
+bench-checkpoints: interop  ## measure checkpoints against DeepSpeed's tools and others (ARGS goes to the script)
+	$(VENV)/interop/bin/pip install -q huggingface_hub
+	$(VENV)/interop/bin/holdfast bench checkpoints $(ARGS)
 
 clean:  ## remove what these words made, but for the virtual environment and your runs
 	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

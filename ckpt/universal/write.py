@@ -132,7 +132,7 @@ class Writer:
         validate(checkpoint)
         manifest = encode(checkpoint, parents=details.parents)
         with explained(self.target, "committing a checkpoint"):
-            self._sync_folders()
+            self._sync()
             disk.write_file(stage.folder / MANIFEST, manifest, sync=self.options.fsync)
             disk.write_file(stage.folder / COMMIT, commit_bytes(manifest), sync=self.options.fsync)
             if self.options.fsync:
@@ -157,11 +157,13 @@ class Writer:
         with explained(full, "writing a checkpoint"):
             for folder in reversed(Path(path).parents[:-1]):
                 self._disk.mkdir(self.stage.folder / folder)
-            self._disk.write_file(full, data, sync=self.options.fsync)
+            self._disk.write_file(full, data, sync=False)  # commit() makes all of them durable
         self._extra[path] = FileFacts(len(data), digest(data))
 
-    def _sync_folders(self) -> None:
+    def _sync(self) -> None:
         if self.options.fsync:
+            for path in self._extra:
+                self._disk.fsync_file(self.stage.folder / path)
             paths = [Path(file.path) for file in self.stage.layout.files] + [Path(path) for path in self._extra]
             for folder in sorted({folder for path in paths for folder in path.parents}, reverse=True):
                 self._disk.fsync_directory(self.stage.folder / folder)
