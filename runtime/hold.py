@@ -46,6 +46,11 @@ class Hold:
         beat_age_ns, held_ns = now_ns - self._page.beat_ns, now_ns - self._since[1]
         return due if patient(beat_age_ns=beat_age_ns, held_ns=held_ns) else int(NO_STEP)
 
+    def reserve(self, step: int) -> None:
+        """Rank 0: the step that all ranks leave untouched; NO_STEP for none. Savers of several hosts go by it."""
+        if self._page is not None:
+            self._page.reserved = step
+
     def validated(self, step: int, loss: float) -> None:
         """The validation loss of `step`, for whoever picks the best checkpoint."""
         if self._page is not None:

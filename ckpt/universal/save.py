@@ -44,6 +44,20 @@ def save_universal(
     disk: Disk | None = None,
 ) -> Checkpoint:
     """Write the parts as one checkpoint at `root`. IncompleteError, before anything is written, for a gap."""
+    chosen = choose_parts(parts)
+    with Writer(root, options, disk) as writer:
+        writer.begin(chosen)
+        for plan, ranges in chosen.items():
+            key = (plan.name, plan.state)
+            wanted = writer.missing(*key)
+            for part, start, stop in ranges:
+                if any(low < stop and start < high for low, high in wanted):
+                    _put(writer, part, start, stop)
+        return writer.commit(details)
+
+
+def choose_parts(parts: Sequence[Part]) -> dict[StatePlan, list[tuple[Part, int, int]]]:
+    """Which elements of each tensor to take from which part: ascending, without overlap. IncompleteError for a gap."""
     plans: dict[tuple[str, str], StatePlan] = {}
     held: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
@@ -52,15 +66,7 @@ def save_universal(
         if plans.setdefault(key, plan) != plan:
             raise CorruptError("two parts of one tensor disagree", name=part.name, state=part.state)
         held.setdefault(key, []).append(part)
-    chosen = {key: _disjoint(plans[key], members) for key, members in held.items()}
-    with Writer(root, options, disk) as writer:
-        writer.begin(plans.values())
-        for key, ranges in chosen.items():
-            wanted = writer.missing(*key)
-            for part, start, stop in ranges:
-                if any(low < stop and start < high for low, high in wanted):
-                    _put(writer, part, start, stop)
-        return writer.commit(details)
+    return {plans[key]: _disjoint(plans[key], members) for key, members in held.items()}
 
 
 def _disjoint(plan: StatePlan, parts: list[Part]) -> list[tuple[Part, int, int]]:
