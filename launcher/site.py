@@ -167,19 +167,7 @@ class Host:
             )
             self._smp.begin()
             if self.saving.folder is not None:
-                if site.leads and site.several:
-                    mark(self.saving.folder, self.job, self.token)
-                self._saver = SaverProcess(
-                    self.saving,
-                    smp=smp,
-                    job=self.job,
-                    token=self.token,
-                    world_size=site.world_size,
-                    directory=self.directory,
-                    events=events,
-                    bind=f"{site.address}:0" if site.several else "",
-                    name=suffix,
-                )
+                self._saver = self._make_saver(self.saving.folder, smp, suffix, events)
             if site.several and options.redundancy != "none":
                 self._protection = Protection(
                     name=f"{self.job}-protect-{suffix}",
@@ -203,6 +191,22 @@ class Host:
         self._assemble(f"{self.job}-agent-{suffix}", own)
         registry.write(registry.entry(self.job, self._address, self.token, str(options.events or "")))
         self._run()
+
+    def _make_saver(self, folder: Path, smp: str, name: str, events: Path) -> SaverProcess:
+        site = self.site
+        if site.leads and site.several:
+            mark(folder, self.job, self.token)
+        return SaverProcess(
+            self.saving,
+            smp=smp,
+            job=self.job,
+            token=self.token,
+            world_size=site.world_size,
+            directory=self.directory,
+            events=events,
+            bind=f"{site.address}:0" if site.several else "",
+            name=name,
+        )
 
     def _open_door(self) -> str:
         """A socket that takes connections as long as this process lives."""

@@ -37,7 +37,7 @@ from holdfast.proto.lease import Phase
 from .arenas import DTYPES, arena_entry, as_cpu, tensor_of, whole_sizes
 from .gather import Kept
 from .hold import Hold
-from .keep import choose, reserved
+from .keep import choose
 from .member import Formed
 from .redundancy import Redundancy, held_parity
 from .replica import clear_gaps, images_of, marked, shares
@@ -120,11 +120,8 @@ class Snapshots:
         Only every `every`-th step is kept, and what `must` be: the resume step, the last step. With parity that
         lags behind both halves may be needed: then this snapshot is left out.
         """
-        if not self.enabled:
-            return
-        if self._slot == 0:
-            self.saver.reserve(reserved(self.steps(), kept))
-        if step % self.every and not must:
+        self.saver.kept(self._slot, self.steps(), kept)
+        if not self.enabled or (step % self.every and not must):
             return
         half = choose(self.steps(), step, kept, must=must)
         if half is None:

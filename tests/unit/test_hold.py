@@ -90,6 +90,19 @@ def test_a_rank_brings_what_the_page_says_while_the_saver_lives(
     assert hold.due([11, 12]) == 20, "the next one gets its time"
 
 
+def test_rank_0_alone_tells_savers_which_step_all_ranks_leave_untouched(tmp_path: Path) -> None:
+    Page.create(tmp_path / "page")
+    hold, page = Hold(str(tmp_path / "page")), Page(tmp_path / "page")
+    assert page.reserved == NO_STEP
+    hold.kept(1, [10, 11], kept(11, due=10))
+    assert page.reserved == NO_STEP
+    hold.kept(0, [10, 11], kept(11, due=10))
+    assert page.reserved == 10
+    hold.kept(0, [11, 12], kept(12))
+    assert page.reserved == NO_STEP
+    Hold("").kept(0, [10, 11], kept(11, due=10))
+
+
 def test_without_a_saver_nothing_is_due(tmp_path: Path) -> None:
     assert Hold("").due([1, 2]) == NO_STEP
     assert Hold(str(tmp_path / "none")).due([1, 2]) == NO_STEP
