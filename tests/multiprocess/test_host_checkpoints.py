@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Iterator[Any]:
     """Starts a job over hosts; ends whatever is left of it."""
     opened: list[tuple[Hosts, HostJob]] = []
 
-    def begin(size: int, *options: str, nproc: int = 1, step_s: float = 0.1, layout: tuple[str, ...] = ()) -> HostJob:
+    def begin(size: int, *options: str, nproc: int = 1, step_s: float = 0.05, layout: tuple[str, ...] = ()) -> HostJob:
         hosts = Hosts(size).__enter__()
         arguments = ["--steps", str(STEPS), "--step-seconds", str(step_s), *WIDTH, *layout]
         job = start_job(hosts, SCRIPT, arguments, options=options, nproc=nproc)
@@ -57,8 +57,8 @@ def saving(folder: Path, every: int, keep: int = 9) -> tuple[str, ...]:
     return ("--checkpoint-dir", str(folder), "--checkpoint-every", str(every), "--checkpoint-keep", str(keep))
 
 
-def test_what_two_hosts_save_together_goes_on_on_one_and_on_three(run: Any, unbroken: Any, tmp_path: Path) -> None:
-    """Replicas over hosts: half of the state of each stage is snapshotted on either."""
+def test_what_two_hosts_save_together_goes_on_on_one_in_another_layout(run: Any, unbroken: Any, tmp_path: Path) -> None:
+    """Replicas over hosts: half of each stage's state is snapshotted on either."""
     folder = tmp_path / "runs"
     layout = ("--stages", "2", "--replicas", "2")
     ended = run(2, *saving(folder, 12), "--redundancy", "none", nproc=2, layout=layout).wait(END_S)
@@ -75,9 +75,6 @@ def test_what_two_hosts_save_together_goes_on_on_one_and_on_three(run: Any, unbr
     )  # fmt: skip
     assert resumed.code == 0, resumed.err
     assert compare(resumed, unbroken) == []
-    again = run(3, "--redundancy", "none", "--resume", str(folder / "step-00000024")).wait(END_S)
-    assert again.code == 0, again.err
-    assert compare(again, unbroken) == []
 
 
 def test_hosts_that_die_while_they_write_cost_that_checkpoint_only_and_sigterm_leaves_a_last_one(
