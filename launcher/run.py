@@ -39,7 +39,7 @@ from .bootstrap import is_ours, own_address
 from .detector import Limits
 from .options import add_options
 from .processes import tell
-from .saving import plan_saving
+from .saving import check_history, plan_saving
 
 if TYPE_CHECKING:
     from .site import Options
@@ -302,6 +302,7 @@ def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     try:
         with _signals(arguments.signals_to_handle), _agent(options):
             if not serve_as_spare(arguments, options):
+                _check_history(options)
                 record(torchrun.run)(arguments)
     except ChildFailedError as error:
         raise Stopped(1, f"the job failed\n{error}") from None
@@ -311,6 +312,13 @@ def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         raise Stopped(1, f"no rendezvous: {str(error).splitlines()[0]}") from None
     finally:
         folder.tidy()
+
+
+def _check_history(options: Options) -> None:
+    """Of a job that starts now: one that runs already has its history in the folder."""
+    saving = options.saving
+    if saving.folder is not None:
+        check_history(saving.folder, saving.start, asked=bool(saving.asked))
 
 
 def _place(arguments: argparse.Namespace) -> None:

@@ -45,11 +45,6 @@ def marked(metadata: Any, *, replicated: bool) -> Any:
     return {"replicated": True, "blob": metadata} if replicated else metadata
 
 
-def unmarked(metadata: Any) -> Any:
-    """The blob in it."""
-    return metadata["blob"] if isinstance(metadata, dict) and metadata.get("replicated") is True else metadata
-
-
 def clear_gaps(half: Half, placed: Sequence[ArenaEntry]) -> None:
     """Zeros behind each entry, up to the next: what another layout left there (a step without moments, before) is no
     part of the state, but would be of the image."""

@@ -40,7 +40,7 @@ from .hold import Hold
 from .keep import choose
 from .member import Formed
 from .redundancy import Redundancy, held_parity
-from .replica import clear_gaps, images_of, marked, shares, unmarked
+from .replica import clear_gaps, images_of, marked, shares
 from .state import Entry
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class Snapshots:
         Only every `every`-th step is kept, and what `must` be: the resume step, the last step. With parity that
         lags behind both halves may be needed: then this snapshot is left out.
         """
+        self.saver.kept(self._slot, self.steps(), kept)
         if not self.enabled or (step % self.every and not must):
             return
         half = choose(self.steps(), step, kept, must=must)
@@ -395,5 +396,5 @@ class Snapshots:
                 else:
                     tensors[(entry.name, entry.state)] = tensor
             if peer == self._slot:
-                meta = blob.decode(unmarked(table.metadata), [tensor.clone() for tensor in extra])
+                meta = blob.decode(blob.unmarked(table.metadata), [tensor.clone() for tensor in extra])
         return meta, size

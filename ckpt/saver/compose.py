@@ -23,12 +23,12 @@ from typing import Any, Final
 from holdfast.proto.errors import SnapshotIncomplete
 
 from ..memory import metadata as blob
-from ..memory.digest import digest_of
 from ..memory.table import ArenaEntry
 from ..universal.model import Group, Role
 from ..universal.save import Part
 from ..universal.write import Details
 from .copy import Taken
+from .told import Told
 
 STEP_FORMATS: Final = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
 MODEL_STATES: Final = ("weight", "buffer")
@@ -46,7 +46,7 @@ class Extra:
 class Share:
     """One rank's share, its metadata read."""
 
-    taken: Taken
+    taken: Taken | Told
     extras: list[Extra]
     meta: Mapping[str, Any]
 
@@ -73,7 +73,7 @@ class Composed:
         return replace(self.details, metadata={**self.details.metadata, "trainer": trainer})
 
 
-def compose(taken: Sequence[Taken], *, job: str, time_s: float) -> Composed:
+def compose(taken: Sequence[Taken | Told], *, job: str, time_s: float) -> Composed:
     """Put the shares of one step together. SnapshotIncomplete if they are not of one history."""
     shares = [_share(one) for one in sorted(taken, key=lambda one: one.slot)]
     generations = {share.origin["generation"] for share in shares}
@@ -84,7 +84,7 @@ def compose(taken: Sequence[Taken], *, job: str, time_s: float) -> Composed:
     groups = _groups(shares, aliases)
     trained = {name for group in groups for name in group.params}
     parts = [
-        Part(name, state, e.dtype, e.shape, e.start, e.stop, one.view(e), _role(name, state, trained))
+        Part(name, state, e.dtype, e.shape, e.start, e.stop, one.data(e), _role(name, state, trained))
         for (name, state), held in tensors.items()
         if name not in aliases
         for one, e in held
@@ -103,7 +103,7 @@ def compose(taken: Sequence[Taken], *, job: str, time_s: float) -> Composed:
     return Composed(parts, details, loss, bool(first["validates"]), bool(first["validation_due"]))
 
 
-def _share(taken: Taken) -> Share:
+def _share(taken: Taken | Told) -> Share:
     extras = []
     for entry in taken.entries:
         if entry.state == "extra":
@@ -113,7 +113,7 @@ def _share(taken: Taken) -> Share:
 
 # ---- tensors ------------------------------------------------------------------------------------------------
 
-Held = dict[tuple[str, str], list[tuple[Taken, ArenaEntry]]]
+Held = dict[tuple[str, str], list[tuple[Taken | Told, ArenaEntry]]]
 
 
 def _tensors(shares: Sequence[Share]) -> tuple[Held, dict[str, int | float], str]:
@@ -164,9 +164,9 @@ def _aliases(shares: Sequence[Share], held: Held, steps: Mapping[str, int | floa
     return aliases
 
 
-def _digest(found: list[tuple[Taken, ArenaEntry]]) -> bytes:
+def _digest(found: list[tuple[Taken | Told, ArenaEntry]]) -> bytes:
     taken, entry = found[0]
-    return digest_of(taken.view(entry))
+    return taken.digest(entry)
 
 
 def _role(name: str, state: str, trained: set[str]) -> Role:
@@ -181,7 +181,7 @@ def _extra_parts(shares: Sequence[Share]) -> Iterator[Part]:
     for share in shares:
         entries = [entry for entry in share.taken.entries if entry.state == "extra"]
         for extra, e in zip(share.extras, entries, strict=True):
-            yield Part(extra.name, extra.state, e.dtype, e.shape, e.start, e.stop, share.taken.view(e), "opaque")
+            yield Part(extra.name, extra.state, e.dtype, e.shape, e.start, e.stop, share.taken.data(e), "opaque")
 
 
 # ---- metadata -----------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ class Part:
     role: Role = "param"
 
 
+Chosen = list[tuple[Part, int, int]]
+"""Elements [start, stop) to take from which part."""
+
+
 def save_universal(
     root: Path | str,
     parts: Sequence[Part],
@@ -46,6 +50,15 @@ def save_universal(
     disk: Disk | None = None,
 ) -> Checkpoint:
     """Write the parts as one checkpoint at `root`. IncompleteError, before anything is written, for a gap."""
+    chosen = choose_parts(parts)
+    with Writer(root, options, disk) as writer:
+        writer.begin(chosen)
+        _put_all(writer, chosen.values())
+        return writer.commit(details)
+
+
+def choose_parts(parts: Sequence[Part]) -> dict[StatePlan, Chosen]:
+    """Which elements of each tensor to take from which part: ascending, without overlap. IncompleteError for a gap."""
     plans: dict[tuple[str, str], StatePlan] = {}
     held: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
@@ -54,20 +67,13 @@ def save_universal(
         if plans.setdefault(key, plan) != plan:
             raise CorruptError("two parts of one tensor disagree", name=part.name, state=part.state)
         held.setdefault(key, []).append(part)
-    chosen = {key: _disjoint(plans[key], members) for key, members in held.items()}
-    with Writer(root, options, disk) as writer:
-        writer.begin(plans.values())
-        _put_all(writer, chosen.values())
-        return writer.commit(details)
+    return {plans[key]: _disjoint(plans[key], members) for key, members in held.items()}
 
 
-_Chosen = list[tuple[Part, int, int]]
-
-
-def _put_all(writer: Writer, chosen: Iterable[_Chosen]) -> None:
+def _put_all(writer: Writer, chosen: Iterable[Chosen]) -> None:
     """Several tensors at a time: one is digested while another is on its way to the disk."""
 
-    def put(ranges: _Chosen) -> None:
+    def put(ranges: Chosen) -> None:
         for part, start, stop in ranges:
             if any(low < stop and start < high for low, high in writer.missing(part.name, part.state)):
                 _put(writer, part, start, stop)
@@ -82,13 +88,13 @@ def _put_all(writer: Writer, chosen: Iterable[_Chosen]) -> None:
                 future.cancel()
 
 
-def _disjoint(plan: StatePlan, parts: list[Part]) -> _Chosen:
+def _disjoint(plan: StatePlan, parts: list[Part]) -> Chosen:
     """Which elements to take from which part, ascending and without overlap."""
     elements = 1
     for length in plan.shape:
         elements *= length
     reached = 0
-    found: _Chosen = []
+    found: Chosen = []
     for part in sorted(parts, key=lambda part: (part.start, -part.stop)):
         if not 0 <= part.start <= part.stop <= elements:
             raise UsageError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from holdfast.ckpt.memory.arena import Half, Word, arena_bytes
+from holdfast.ckpt.memory.metadata import unmarked
 from holdfast.ckpt.memory.placement import HostInfo, Redundancy, SlotInfo, place
 from holdfast.ckpt.memory.protect import pen
 from holdfast.ckpt.memory.protect.deliver import Work
@@ -22,7 +23,7 @@ from holdfast.launcher.job import Job
 from holdfast.proto.errors import ProtocolViolation
 from holdfast.runtime.arenas import arena_entry, tensor_of, whole_sizes
 from holdfast.runtime.device import CpuDevice
-from holdfast.runtime.replica import TensorImage, clear_gaps, images_of, marked, shares, unmarked
+from holdfast.runtime.replica import TensorImage, clear_gaps, images_of, marked, shares
 from holdfast.runtime.state import Entry
 
 JOB = "job"
