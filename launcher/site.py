@@ -61,6 +61,7 @@ class Options:
     budget: int
     faults: str
     snapshots: bool
+    zero: str
     saving: Saving
 
 
@@ -288,6 +289,8 @@ class Host:
             found[env.SMP] = self._smp.name
         if self._saver is not None:
             found |= {env.SAVER: str(self._saver.page), env.CHECKPOINTS: str(options.saving.folder)}
+        if options.zero:
+            found[env.ZERO] = options.zero
         if options.saving.resume is not None:
             found[env.RESUME] = f"{options.saving.start}:{options.saving.resume}"
         return found

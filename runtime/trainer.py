@@ -26,6 +26,7 @@ from holdfast.proto.lease import Phase
 from .config import TrainerConfig
 from .engine import Engine
 from .recovery.rejoin import Session
+from .state import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class Trainer:
       seed; shuffle; exact: False trades the gradient tree for a plain running sum; state: name -> object with
         state_dict/load_state_dict, captured at each commit and restored with everything else (change them inside
         layers, loss or data, not between steps); device: "cpu" or "cuda".
+      zero: 1 shards the optimizer's state over the replicas of each layer (ZeRO-1), with the same bits; for
+        optimizers that treat each element alone, which is tried at the start (default: --zero, else 0).
 
     Raises ConfigError for what cannot be done (under `holdfast run`: one line, exit code 2).
     """
@@ -143,11 +146,11 @@ class Trainer:
         self._session.lease.renew(Phase.USER)
 
     def final_state(self) -> dict[str, torch.Tensor]:
-        """This rank's weights, buffers and optimizer state: "unit.name" and "unit.name@state" -> copy."""
-        return {
-            entry.name if entry.state in ("weight", "buffer") else f"{entry.name}@{entry.state}": entry.tensor.clone()
-            for entry in self._engine.state.entries()
-        }
+        """This rank's weights, buffers and optimizer state: "unit.name" and "unit.name@state" -> copy.
+
+        With ZeRO-1 "unit.name@state[start:stop]": the elements that this rank keeps, in row-major order.
+        """
+        return {_label(entry): entry.tensor.clone() for entry in self._engine.state.entries()}
 
     # ---- inside -------------------------------------------------------------------------------------
 
@@ -226,6 +229,11 @@ class Trainer:
         self._session.config_error(str(error))
         sys.stdout.flush()
         raise SystemExit(2)
+
+
+def _label(entry: Entry) -> str:
+    part = "" if entry.whole is None else f"[{entry.start}:{entry.start + entry.tensor.numel()}]"
+    return entry.name if entry.state in ("weight", "buffer") else f"{entry.name}@{entry.state}{part}"
 
 
 def _argument_error(error: TypeError) -> str:

@@ -165,8 +165,15 @@ def _aliases(shares: Sequence[Share], held: Held, steps: Mapping[str, int | floa
 
 
 def _digest(found: list[tuple[Taken, ArenaEntry]]) -> bytes:
-    taken, entry = found[0]
-    return digest_of(taken.view(entry))
+    """Of all elements that are held, each once, wherever they lie: holders may keep different parts (ZeRO-1)."""
+    parts = []
+    reached = 0
+    for taken, entry in sorted(found, key=lambda one: (one[1].start, -one[1].stop)):
+        if entry.stop > reached:
+            item = entry.nbytes // (entry.stop - entry.start)
+            parts.append(taken.view(entry)[(max(reached, entry.start) - entry.start) * item :])
+            reached = entry.stop
+    return digest_of(*parts) if parts else digest_of(b"")
 
 
 def _role(name: str, state: str, trained: set[str]) -> Role:
