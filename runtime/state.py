@@ -159,7 +159,8 @@ class ModelState:
     def shard(self, plan: Plan, rank: int, *, proven: bool) -> None:
         """Have the optimizer update only this rank's parts of what has several holders (ZeRO-1).
 
-        `proven`: the process before this one did the same. Raises ConfigError for an optimizer that would compute other numbers then.
+        `proven`: the process before this one did the same. Raises ConfigError for an optimizer that would then compute
+        other numbers.
         """
         self.shards = make_shards(plan, rank, self.parameters)
         if self.shards is not None and self.optimizer is not None:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from holdfast.proto.errors import ConfigError, Fenced, PeerLost
+from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
 from .config import TrainerConfig
@@ -207,13 +208,13 @@ class Trainer:
                 return
             except (Fenced, PeerLost) as error:
                 started = time.monotonic()
-                before = self._engine.step
+                before = "between two steps" if self._engine.step == NO_STEP else f"at {self._engine.step}"
                 # Its traceback holds the broken step's tensors, just when a copy of the state may be needed.
                 self._session.rejoin(self._engine, self._until, error.with_traceback(None))
                 if recovered is not None:
                     recovered.append(
                         f"generation {self._session.generation}: {self._session.reason}; resumed from step "
-                        f"{self._engine.step} (was at {before}) after {(time.monotonic() - started) * 1e3:.0f} ms"
+                        f"{self._engine.step} (was {before}) after {(time.monotonic() - started) * 1e3:.0f} ms"
                     )
 
     def _guarded(self, call: Any) -> None:

@@ -76,7 +76,8 @@ class Shards:
     ) -> dict[Key, nn.Parameter]:
         """Let parts stand in for the parameters of an optimizer that has not stepped; what it updates from now on.
 
-        `proven`: it was tried by the process before this one. Raises ConfigError for an optimizer that parts would give other numbers.
+        `proven`: the process before this one has tried it. Raises ConfigError for an optimizer that would then compute
+        other numbers.
         """
         self._elementwise = prove(optimizer, again=proven)
         trained = {key: self._part_of(key, parameter) for key, parameter in parameters.items()}

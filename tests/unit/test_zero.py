@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from holdfast.ckpt.universal.chunks import chunk_bytes_for
+from holdfast.ckpt.universal.read import Reader
 from holdfast.proto.errors import ConfigError, PeerLost
 from holdfast.proto.ids import NO_STEP
 from holdfast.runtime.arenas import arena_entry
@@ -24,6 +28,10 @@ from holdfast.runtime.prove import prove
 from holdfast.runtime.recovery.decide import Report, Resume, Source, decide_resume
 from holdfast.runtime.recovery.rejoin import Session
 from holdfast.runtime.state import ModelState, build_unit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+from models import save
 
 CPU = torch.device("cpu")
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -58,6 +66,23 @@ def test_large_parameters_are_cut_between_the_chunks_of_a_checkpoint() -> None:
         chunk = chunk_bytes_for(4 * elements)
         for parts in (cut_unit([elements], holders)[0] for holders in (2, 3, 8)):
             assert all(4 * stop % chunk == 0 or stop == elements for _, stop in parts)
+
+
+def test_a_resumed_holder_reads_its_own_bytes_and_hardly_any_others(tmp_path: Path) -> None:
+    """Chunks are read whole, to be verified: a cut inside of one would have both sides read it."""
+    shapes = {"embed": (3000, 512), "up": (512, 1536), "down": (1536, 512), "bias": (1536,), "norm": (512,)}
+    arrays = {(name, "exp_avg"): np.random.default_rng(1).random(shape, np.float32) for name, shape in shapes.items()}
+    checkpoint = save(tmp_path / "saved", arrays)
+    for holders in (2, 3, 4):
+        cuts = cut_unit([array.size for array in arrays.values()], holders)
+        for holder in range(holders):
+            with Reader(checkpoint) as reader:
+                for (name, state), parts in zip(arrays, cuts, strict=True):
+                    start, stop = parts[holder]
+                    found = np.frombuffer(reader.read(name, state, (start, stop)), np.float32)
+                    assert np.array_equal(found, arrays[name, state].reshape(-1)[start:stop])
+                assert reader.bytes_wanted < 1.1 * sum(array.nbytes for array in arrays.values()) / holders
+                assert reader.bytes_read <= 1.05 * reader.bytes_wanted
 
 
 # ---- the same bits ------------------------------------------------------------------------------------------
