@@ -54,7 +54,7 @@ class Shelf:
         self._held: dict[tuple[int, int], MappedHalf] = {}
 
     def fill(self, slot: int, half: int, step: int, tensors: Tensors, parts: Parts | None = None, **meta: Any) -> None:
-        """As a rank and its manager would: begun, copied, sealed. `parts`: shape and first element of what is a part."""
+        """As a rank and its manager would: begun, copied, sealed. `parts`: shape, first element of what is one."""
         generators = np.arange(4, dtype=np.uint8) + slot
         value = {
             "step": step,
