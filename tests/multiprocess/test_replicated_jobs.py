@@ -99,12 +99,12 @@ def test_replicated_state_is_protected_without_the_network_and_survives_a_host(
 
 def test_moments_that_only_a_lost_host_had_are_decoded_from_parity(run: Any, unbroken: Any) -> None:
     """With ZeRO-1 no replica has them: parity is made of what the owners hold, and crosses the network."""
-    job = run("2+1", 3, "--replicas", "3", "--stages", "1", more=("--zero", "1"))
+    job = run("1+1", 2, "--replicas", "2", "--stages", "1", more=("--zero", "1"))
     for one in [status_of(host)["counters"] for host in job.hosts]:
         assert one["encoded_bytes"] > 0, one
         assert one["delivered_rows"] == one["replica_mismatches"] == 0, one
     job.hosts[1].kill()
-    ended = job.wait(END_S, only={0, 2})
+    ended = job.wait(END_S, only={0})
     assert ended.code == 0, ended.err
     assert compare(ended, unbroken) == []
     assert any("@exp_avg[" in name for name in ended.state_by_rank()), "nothing was sharded"

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -375,7 +376,14 @@ def test_a_rank_whose_weights_are_of_two_steps_has_no_live_state(monkeypatch: py
     with pytest.raises(PeerLost):
         engine.train_step()
     assert engine.live_step == NO_STEP
-    assert engine.peers() == (0,)
+
+
+def test_a_rank_that_keeps_parts_has_no_peer_that_could_stand_in_for_it() -> None:
+    plan = grid_plan(units=3, stages=1, replicas=2, microbatches=2)
+    for holders, peers in ((1, (0, 1)), (2, (0,))):
+        state = make_state(OPTIMIZERS["adamw"], holders)
+        rank: Any = SimpleNamespace(config=config(), state=state, plan=plan, rank=0)
+        assert Engine.peers(rank) == peers
 
 
 def test_who_has_lost_moments_gets_them_from_the_snapshot_and_never_from_a_replica() -> None:
