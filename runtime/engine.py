@@ -354,7 +354,7 @@ class Engine:
         return self.step
 
     def forget(self) -> None:
-        """The state in this process' memory is not to be trained from: a change of it began."""
+        """The state in this process' memory is not to be trained from: it is about to be, or may be, of two steps."""
         self.step = NO_STEP
 
     def gate(self) -> dict[str, Any]:
