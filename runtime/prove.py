@@ -27,12 +27,12 @@ from .cut import Range, cut_unit
 
 Shapes = tuple[tuple[int, ...], ...]
 
-SHAPES: Final[Shapes] = ((257, 301), (5,))
-"""The second leaves most holders without an element: that must work too."""
+SHAPES: Final[Shapes] = ((257, 301), (19, 29), (5,))
+"""Large enough for threads; cut at odd multiples of the grain; and one that leaves most holders without an element."""
 HOLDERS: Final = 3
 STEPS: Final = 8
 """One element in a few hundred differs in a step where instructions round otherwise; there are 77,000."""
-SHAPES_AGAIN: Final[Shapes] = ((9, 17), (5,))
+SHAPES_AGAIN: Final[Shapes] = SHAPES[1:]
 STEPS_AGAIN: Final = 2
 """For a replacement: the process before it has seen the rest, and a recovery is not to wait for it."""
 _DIFFERS: Final = "gives other numbers on a part of a parameter than on the whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import threading
@@ -25,7 +26,7 @@ from holdfast.runtime.config import TrainerConfig
 from holdfast.runtime.cut import GRAIN, cut_unit, grain_of
 from holdfast.runtime.engine import Engine
 from holdfast.runtime.pipeline.planner import grid_plan
-from holdfast.runtime.prove import prove
+from holdfast.runtime.prove import HOLDERS, SHAPES, prove
 from holdfast.runtime.recovery.decide import Report, Resume, Source, decide_resume
 from holdfast.runtime.recovery.rejoin import Session
 from holdfast.runtime.state import ModelState, build_unit
@@ -84,6 +85,12 @@ def test_a_resumed_holder_reads_its_own_bytes_and_hardly_any_others(tmp_path: Pa
                     assert np.array_equal(found, arrays[name, state].reshape(-1)[start:stop])
                 assert reader.bytes_wanted < 1.1 * sum(array.nbytes for array in arrays.values()) / holders
                 assert reader.bytes_read <= 1.05 * reader.bytes_wanted
+
+
+def test_what_is_tried_is_cut_at_an_odd_multiple_of_the_grain_too() -> None:
+    small = cut_unit([math.prod(SHAPES[1])], HOLDERS)[0]
+    assert [stop // GRAIN % 2 for _, stop in small[:-1]] == [1, 0]
+    assert math.prod(SHAPES[0]) > 2 * 32_768, "torch splits it over threads"
 
 
 # ---- the same bits ------------------------------------------------------------------------------------------
