@@ -331,7 +331,7 @@ class Membership:
         ranks = ", ".join(map(str, decision.missing))
         return (
             f"the state of rank {ranks} after step {decision.newest} is lost: no live copy, no snapshot. "
-            "Keep snapshots on (--snapshots on), or run data-parallel replicas"
+            "Keep snapshots on (--snapshots on), or run data-parallel replicas without ZeRO-1"
         )
 
     def _before_form(self, joins: Mapping[int, Joined]) -> list[Action]:

@@ -135,7 +135,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         raise ConfigError(f"--faults: {error}") from None
     _check_torchrun(arguments)
     _check_script(arguments)
-    wanted = plan_saving(arguments, parse_min_max_nnodes(arguments.nnodes)[1])
     job = arguments.job_id or secrets.token_hex(4)
     if not _JOB_ID.fullmatch(job):
         raise ConfigError(f"--job-id has letters, digits, '.', '_' and '-' (at most 40), got {job!r}")
@@ -165,7 +164,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         "budget": MANAGED_BUDGET if arguments.max_restarts is None else arguments.max_restarts,
         "faults": arguments.faults,
         "snapshots": arguments.snapshots == "on",
-        "saving": wanted,
+        "zero": arguments.zero,
+        "saving": plan_saving(arguments, parse_min_max_nnodes(arguments.nnodes)[1]),
     }
 
 

@@ -63,6 +63,7 @@ class Options:
     budget: int
     faults: str
     snapshots: bool
+    zero: str
     saving: Saving
 
 
@@ -315,6 +316,8 @@ class Host:
             found |= {env.SAVER: str(self._saver.page), env.CHECKPOINTS: str(self.saving.folder)}
         if self.saving.resume is not None:
             found[env.RESUME] = self.saving.told()
+        if options.zero:
+            found[env.ZERO] = options.zero
         return found
 
     def close(self, *, stopped: bool = False) -> None:

@@ -16,3 +16,4 @@ SAVER: Final = "HOLDFAST_SAVER"  # file of the page that ranks share with the sa
 CHECKPOINTS: Final = "HOLDFAST_CHECKPOINTS"  # folder of the job's checkpoints
 RESUME: Final = "HOLDFAST_RESUME"  # checkpoint that the job started from
 PROTECTOR: Final = "HOLDFAST_PROTECTOR"  # abstract unix socket of the host's protector; unset: none
+ZERO: Final = "HOLDFAST_ZERO"  # 0 or 1: optimizer state sharded over replicas; unset: as the script says

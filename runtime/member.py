@@ -59,6 +59,7 @@ class Identity:
     saver: str = ""
     checkpoints: str = ""
     resume: str = ""
+    zero: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class TensorImage:
 
     def __init__(self, entries: Sequence[Entry], device: Device, mark: Any) -> None:
         """`mark`: of the device, after the step that the image is of."""
-        offsets, end = layout([arena_entry(entry.name, entry.state, entry.tensor) for entry in entries])
+        offsets, end = layout([arena_entry(entry) for entry in entries])
         there = [(offset, e.tensor) for offset, e in zip(offsets, entries, strict=True) if e.tensor.numel()]
         self._starts = [offset - HEADER_BYTES for offset, _ in there]
         self._tensors = [tensor.detach() for _, tensor in there]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from holdfast.proto.errors import ConfigError, PeerLost, SnapshotCorrupt, Snapsh
 from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
-from .arenas import DTYPES, arena_entry, as_cpu, tensor_of, whole_sizes
+from .arenas import DTYPES, arena_entry, as_cpu, shape_here, tensor_of, whole_sizes
 from .gather import Kept
 from .hold import Hold
 from .keep import choose
@@ -131,8 +131,7 @@ class Snapshots:
         entries, meta, split = self._captured()
         self._steps[half] = NO_STEP
         self._idle.clear()
-        early = {i: e.tensor.clone() for i, e in enumerate(entries) if e.early}
-        entries = [Entry(e.name, e.state, early.get(i, e.tensor)) for i, e in enumerate(entries)]
+        entries = [replace(e, tensor=e.tensor.clone()) if e.early else e for e in entries]
         # A step that is redone need not have the same bytes unless steps are exact: replicas are not compared then.
         replicas = split if len(split) > 1 and self._engine.config.exact else {}
         self._jobs.put(_Copy(step, half, entries, meta, self._engine.device.mark(), kept.protected, replicas))
@@ -178,7 +177,7 @@ class Snapshots:
         """Fill a half: FILLING, bytes, COPIED. Returns the parity to compute next."""
         heard = self._redundancy.keep(job.protected)
         work = self._redundancy.announce(self._slot, job.step) if heard and job.replicas else None
-        arena_entries = [arena_entry(entry.name, entry.state, entry.tensor) for entry in job.entries]
+        arena_entries = [arena_entry(entry) for entry in job.entries]
         mapped = self._arena(job.half, arena_entries, job.metadata)
         half = mapped.half
         digest = bytes.fromhex(self._engine.plan.digest())
@@ -186,7 +185,7 @@ class Snapshots:
         if job.replicas:
             clear_gaps(half, placed)
         targets = [
-            tensor_of(half.view(entry), entry.dtype, entry.shape)
+            tensor_of(half.view(entry), entry.dtype, tuple(e.tensor.shape))
             for entry, e in zip(placed, job.entries, strict=True)
             if e.tensor.numel()
         ]
@@ -389,7 +388,7 @@ class Snapshots:
             self._opened.append((mapped, table))
             extra = []
             for entry in table.entries:
-                tensor = tensor_of(half.view(entry), entry.dtype, entry.shape)
+                tensor = tensor_of(half.view(entry), entry.dtype, shape_here(entry))
                 size += entry.nbytes
                 if entry.state == "extra":
                     extra.append(tensor)

@@ -23,6 +23,7 @@ from typing import Any, Final
 from holdfast.proto.errors import SnapshotIncomplete
 
 from ..memory import metadata as blob
+from ..memory.digest import digest_of
 from ..memory.table import ArenaEntry
 from ..universal.model import Group, Role
 from ..universal.save import Part
@@ -113,7 +114,8 @@ def _share(taken: Taken | Told) -> Share:
 
 # ---- tensors ------------------------------------------------------------------------------------------------
 
-Held = dict[tuple[str, str], list[tuple[Taken | Told, ArenaEntry]]]
+_Holders = list[tuple[Taken | Told, ArenaEntry]]
+Held = dict[tuple[str, str], _Holders]
 
 
 def _tensors(shares: Sequence[Share]) -> tuple[Held, dict[str, int | float], str]:
@@ -127,7 +129,7 @@ def _tensors(shares: Sequence[Share]) -> tuple[Held, dict[str, int | float], str
                 continue
             state = entry.state
             first = held.get((entry.name, "buffer")) if state == "buffer" else None
-            if first and _digest(first) != _digest([(share.taken, entry)]):
+            if first and not _same(first, [(share.taken, entry)]):
                 state = f"buffer.replica{replica}"
             held.setdefault((entry.name, state), []).append((share.taken, entry))
         for name, values in share.meta.get("scalars", {}).items():
@@ -157,16 +159,34 @@ def _aliases(shares: Sequence[Share], held: Held, steps: Mapping[str, int | floa
             and states.get(owner) is not None
             and states.get(owner) == states.get(second)
             and steps.get(owner) == steps.get(second)
-            and all(_digest(held[owner, state]) == _digest(held[second, state]) for state in states[owner])
+            and all(_same(held[owner, state], held[second, state]) for state in states[owner])
         )
         if equal:
             aliases[second] = owner
     return aliases
 
 
-def _digest(found: list[tuple[Taken | Told, ArenaEntry]]) -> bytes:
-    taken, entry = found[0]
-    return taken.digest(entry)
+def _same(these: _Holders, those: _Holders) -> bool:
+    """Whether two tensors have the same bits. Where other hosts tell of theirs, only if both are cut alike."""
+    ours, theirs = ({(entry.start, entry.stop): (one, entry) for one, entry in held} for held in (these, those))
+    if ours.keys() == theirs.keys():
+        return all(one.digest(entry) == theirs[at][0].digest(theirs[at][1]) for at, (one, entry) in ours.items())
+    first, second = _whole(these), _whole(those)
+    return first is not None and first == second
+
+
+def _whole(held: _Holders) -> bytes | None:
+    """Digest of all elements, each once: holders keep parts (ZeRO-1). None if some lie on other hosts."""
+    parts = []
+    reached = 0
+    for one, entry in sorted(held, key=lambda each: (each[1].start, -each[1].stop)):
+        if isinstance(one, Told):
+            return None
+        if entry.stop > reached:
+            item = entry.nbytes // (entry.stop - entry.start)
+            parts.append(one.view(entry)[(max(reached, entry.start) - entry.start) * item :])
+            reached = entry.stop
+    return digest_of(*parts) if parts else digest_of(b"")
 
 
 def _role(name: str, state: str, trained: set[str]) -> Role:

@@ -65,6 +65,7 @@ def identity_from_environment() -> Identity:
         saver=get(env.SAVER, ""),
         checkpoints=get(env.CHECKPOINTS, ""),
         resume=get(env.RESUME, ""),
+        zero=get(env.ZERO, ""),
     )
 
 

@@ -32,6 +32,7 @@ PURE: Final = (
     "holdfast.ckpt.memory.placement",
     "holdfast.ckpt.memory.redundancy",
     "holdfast.ckpt.memory.stripes",
+    "holdfast.runtime.cut",
     "holdfast.runtime.pipeline.planner",
     "holdfast.runtime.pipeline.schedule",
     "holdfast.runtime.recovery.decide",

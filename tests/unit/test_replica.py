@@ -54,7 +54,7 @@ def state(seed: int) -> list[Entry]:
 def snapshot(entries: list[Entry], extra: torch.Tensor, *, clear: bool = True) -> tuple[Half, bytes]:
     """A half that its owner filled over another step's layout, and its image."""
     entries = [*entries, Entry("rng", "extra", extra)]
-    listed = [arena_entry(entry.name, entry.state, entry.tensor) for entry in entries]
+    listed = [arena_entry(entry) for entry in entries]
     memory = bytearray(arena_bytes(listed, None))
     half = Half(memory, JOB)
     half.format()
@@ -122,7 +122,7 @@ def test_state_that_is_not_shared_is_kept_whole_and_without_the_mark() -> None:
 
 def test_a_replicated_image_ends_before_the_extra_tensors_and_counts_a_page_at_least() -> None:
     entries = [Entry("w", "weight", torch.zeros(1000)), Entry("rng", "extra", torch.zeros(5000))]
-    future = [("w", "exp_avg", torch.zeros(1000))]
+    future = [Entry("w", "exp_avg", torch.zeros(1000))]
     assert whole_sizes(entries, future, None, replicated=False)[0] == 28672
     assert whole_sizes(entries, future, None, replicated=True)[0] == 8192
     assert whole_sizes(entries[1:], [], None, replicated=True)[0] == 4096
