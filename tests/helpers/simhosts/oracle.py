@@ -2,7 +2,7 @@
 
 * a Form's sources exist: live, whole on that host, or at least k shards of every stripe;
 * a step is never applied by two memberships that both go on; a generation has one Form that anybody acts on;
-* those who form are a majority of the newest membership that did anything, but for the truly dead;
+* those who form are a majority of the newest membership that was formed, but for the truly dead;
 * the job stops only if the state is really gone, and hangs only if no majority is left.
 """
 
@@ -54,6 +54,7 @@ class Oracle:
         self.newest_commit = -1
         self.every: dict[tuple[int, int], Process] = {}  # by rank and incarnation
         self.voters: dict[int, Agent] = {}  # of the newest membership that did anything
+        self.sent: dict[int, Agent] = {}  # of the newest that was formed
         self.left: set[int] = set()
         self.applied: dict[tuple[int, int], Process] = {}
         self.stopped: StopJob | None = None
@@ -70,6 +71,7 @@ class Oracle:
         self.orders[id(form)] = len(self.forms) - 1
         members = {rank: self.member(rank, incarnation) for rank, incarnation, _, _ in form.members}
         self.check_side(form, coordinator, members)
+        self.sent = {rank: self.every[rank, incarnation].agent for rank, incarnation, _, _ in form.members}
         if all(
             process is not None and self.reach(process.machine, coordinator.machine) for process in members.values()
         ):
@@ -86,9 +88,10 @@ class Oracle:
         return next((p for p in self.processes() if (p.rank, p.incarnation) == (rank, incarnation)), None)
 
     def check_side(self, form: Form, coordinator: Coordinator, members: dict[int, Process | None]) -> None:
-        """Those who form are a majority of the newest generation that did anything, but for the truly dead."""
-        numbers = {agent: number for number, agent in enumerate(dict.fromkeys(self.voters.values()))}
-        voters = {rank: numbers[agent] for rank, agent in self.voters.items()}
+        """Those who form are a majority of the newest generation that was formed, but for the truly dead."""
+        before = self.sent or self.voters
+        numbers = {agent: number for number, agent in enumerate(dict.fromkeys(before.values()))}
+        voters = {rank: numbers[agent] for rank, agent in before.items()}
         dead = {number for agent, number in numbers.items() if not agent.alive}
         here = {p.agent for p in members.values() if p is not None}
         here |= {caller.agent for caller in coordinator.agents.values()}
