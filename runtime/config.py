@@ -30,6 +30,8 @@ class TrainerConfig:
     stages: int | None = None
     replicas: int | None = None
     split: Sequence[int] | None = None
+    swap: bool = False
+    shadows: bool = False
     interleave: int = 1
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     clip_norm: float | None = None
@@ -58,6 +60,10 @@ class TrainerConfig:
             )
         if self.schedule not in ("1f1b", "gpipe"):
             raise ConfigError(f"schedule is '1f1b' or 'gpipe', got {self.schedule!r}")
+        if self.swap and self.interleave > 1:
+            raise ConfigError("swap and interleave are two ways to visit the stages: use one of them")
+        if self.shadows and not self.swap:
+            raise ConfigError("shadows keep the layers at the ends of swapped stages: use swap=True with them")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm must be above 0, got {self.clip_norm}")
         if self.validate_every and self.validation is None:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,11 @@ from .data import Source, make_source
 from .device import choose_device, numerics_identity
 from .finish import finish
 from .gather import KEPT, NO_GRADIENT, Gathered, Kept, merge
+from .layout import Layout
 from .pipeline.exchange import exchange, exchange_ties, plan_exchanges
 from .pipeline.executor import LOSS, Executor, Numerics, Outcome
-from .pipeline.planner import choose_grid, grid_plan
 from .pipeline.schedule import make_schedule
+from .pipeline.shadow import Shadows
 from .recovery.disk import Checkpoints
 from .scaler import LossScaler
 from .snapshot import Snapshots
@@ -78,8 +80,8 @@ class Engine:
         session.use_backend(self.device.backend(identity.address))
         self.injector = session.injector
         layers = check_layers(config.layers)
-        stages, replicas = choose_grid(identity.world_size, config.stages, config.replicas)
-        self.plan = self._make_plan(len(layers), stages, replicas, config.step_microbatches)
+        self._layout = Layout.of(config, layers, identity.world_size)
+        self.plan = self._layout.training()
         hosted = self.plan.hosted(self.rank)
         device = self.device.device
         modules = {unit: build_unit(layers[unit], unit, config.seed, device) for unit in hosted}
@@ -98,10 +100,12 @@ class Engine:
             shuffle=config.shuffle,
         )
         self._exchanges = plan_exchanges(self.plan, exact=config.exact)
+        self._worked = self.state.keys(self.plan.worked(self.rank))
+        self._shadows = Shadows(self.plan, self.rank, self.state)
         # Errors of a replacement are no faults of the set-up: the process before it ran the same layers.
         self._proven = {LOSS, *hosted} if identity.incarnation else set()
-        self._executor = self._make_executor(self.plan)
-        self._validation = self._make_validation(stages, replicas)
+        self._executor = self._make_executor(self.plan, self._layout.costs)
+        self._validation = self._make_validation()
         self._validated: tuple[int, float] | None = None
         self._validated_once = False
         self._group: Group | None = None
@@ -113,22 +117,10 @@ class Engine:
 
     # ---- building -----------------------------------------------------------------------------------
 
-    def _make_plan(self, units: int, stages: int, replicas: int, microbatches: int) -> Plan:
-        config = self.config
-        return grid_plan(
-            units=units,
-            stages=stages,
-            replicas=replicas,
-            microbatches=microbatches,
-            interleave=config.interleave,
-            schedule=config.schedule,
-            split=config.split,
-        )
-
-    def _make_executor(self, plan: Plan) -> Executor:
+    def _make_executor(self, plan: Plan, costs: Sequence[float] | None = None) -> Executor:
         return Executor(
             plan=plan,
-            schedule=make_schedule(plan).ranks[self.rank],
+            schedule=make_schedule(plan, unit_costs=costs).ranks[self.rank],
             rank=self.rank,
             modules=self.state.modules,
             loss=self.config.loss,
@@ -139,12 +131,11 @@ class Engine:
             proven=self._proven,
         )
 
-    def _make_validation(self, stages: int, replicas: int) -> tuple[Executor, Source, Plan, Any] | None:
+    def _make_validation(self) -> tuple[Executor, Source, Plan, Any] | None:
         config = self.config
         if config.validation is None:
             return None
-        count = config.validation_microbatches or config.step_microbatches
-        plan = self._make_plan(self.plan.units, stages, replicas, max(count, replicas))
+        plan = self._layout.validation(config.validation_microbatches or config.step_microbatches)
         source = make_source(
             config.validation,
             microbatch_size=config.microbatch_size,
@@ -194,7 +185,10 @@ class Engine:
         self._executor.attach(group)
         if self._validation is not None:
             self._validation[0].attach(group)
-        mine = {"names": self.state.names(), "gate": self.gate(), "kept": self.snapshots.keeps()}
+        if self.step == 0:
+            self._shadows.start(group)
+        names = [f"{unit}.{name}" for unit, name in self._worked]
+        mine = {"names": names, "gate": self.gate(), "kept": self.snapshots.keeps()}
         self._lease.renew(Phase.WAITING)
         everybody = [json.loads(row) for row in group.allgather_bytes(json.dumps(mine).encode())]
         self._lease.renew(Phase.RECOVERING)
@@ -243,10 +237,12 @@ class Engine:
             self.plan.microbatches,
             exact=self.config.exact,
         )
-        flat = [gradient for unit in self.state.modules for gradient in totals[unit]]
-        gradients = dict(zip(self.state.parameters, flat, strict=True))
+        gradients: dict[tuple[int, str], torch.Tensor | None] = dict.fromkeys(self.state.parameters)
+        flat = [gradient for unit in sorted(totals) for gradient in totals[unit]]
+        gradients.update(zip(self._worked, flat, strict=True))
         if self.ties:
             exchange_ties(group, self.plan, self.ties, self.rank, gradients)
+        self._shadows.hand_on(group, gradients)
         return gradients
 
     def _gather(
@@ -263,7 +259,8 @@ class Engine:
             vector[KEPT + microbatch] = value.double().cpu() if value.dtype != torch.float64 else value.cpu()
             vector[KEPT + microbatches + microbatch] = count
             vector[KEPT + 2 * microbatches + microbatch] = outcome.tokens[microbatch]
-        present = [(i, g) for i, g in enumerate(gradients.values()) if g is not None]
+        # A shadow's norm is its worker's, but perhaps not to the bit: strides decide in which order it is added.
+        present = [(i, g) for i, key in enumerate(self._worked) if (g := gradients[key]) is not None]
         if present:
             norms = torch.stack(torch._foreach_norm([g for _, g in present])).double().cpu()
             vector[torch.tensor([KEPT + 3 * microbatches + i for i, _ in present])] = norms

@@ -40,15 +40,15 @@ def swapped_plan(
     """The swapped plan on `replicas` pipelines. Blocks are dealt evenly unless `split` gives each stage's units."""
     _check(stages, blocks, microbatches // max(replicas, 1))
     begin, end = blocks[0], blocks[-1] + 1
-    split = split if split is not None else _even(units, blocks, stages)
+    split = swap_split(units, blocks, stages, split)
     chain = grid_plan(
         units=units, stages=stages, replicas=replicas, microbatches=microbatches, schedule=schedule, split=split
     )
     hops = chain.paths[0].hops
     if hops[0].units[-1] < begin or hops[1].units[0] < begin:
-        raise ConfigError(f"swapped stages: the first stage needs layers {begin - 1} and {begin}", split=tuple(split))
+        raise ConfigError(f"swapped stages: the first stage needs layers {begin - 1} and {begin}", split=split)
     if hops[-1].units[0] >= end or hops[-2].units[-1] >= end:
-        raise ConfigError(f"swapped stages: the last stage needs layers {end - 1} and {end}", split=tuple(split))
+        raise ConfigError(f"swapped stages: the last stage needs layers {end - 1} and {end}", split=split)
     ways = {path: _swapped(path, begin, end) for path in dict.fromkeys(chain.paths)}
     kept: tuple[Shadow, ...] = ()
     if shadows:
@@ -77,6 +77,18 @@ def swap_costs(units: int, blocks: Sequence[int]) -> tuple[float, ...]:
     return tuple(1.0 if unit in alike else 0.0 for unit in range(units))
 
 
+def swap_split(units: int, blocks: Sequence[int], stages: int, split: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Units of each stage, unless given: blocks evenly, and the edges with the first and the last."""
+    if split is not None:
+        return tuple(split)
+    begin, end = blocks[0], blocks[-1] + 1
+    cuts = partition(swap_costs(units, blocks)[begin:end], stages)
+    sizes = [high - low for low, high in cuts]
+    sizes[0] += begin
+    sizes[-1] += units - end
+    return tuple(sizes)
+
+
 def _check(stages: int, blocks: Sequence[int], each: int) -> None:
     if stages < STAGES_MIN:
         raise ConfigError(f"swapped stages: {STAGES_MIN} stages are needed, so that both ends have two, not {stages}")
@@ -87,16 +99,6 @@ def _check(stages: int, blocks: Sequence[int], each: int) -> None:
         )
     if each < 2:
         raise ConfigError("swapped stages: every replica needs 2 microbatches a step, one for each order")
-
-
-def _even(units: int, blocks: Sequence[int], stages: int) -> tuple[int, ...]:
-    """Units of each stage: blocks evenly, and the edges with the first and the last."""
-    begin, end = blocks[0], blocks[-1] + 1
-    cuts = partition(swap_costs(units, blocks)[begin:end], stages)
-    split = [high - low for low, high in cuts]
-    split[0] += begin
-    split[-1] += units - end
-    return tuple(split)
 
 
 def _swapped(path: Path, begin: int, end: int) -> Path:

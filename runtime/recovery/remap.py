@@ -114,7 +114,7 @@ class Old:
 
     def nearest(self, engine: Engine) -> int:
         """The slot whose generators and user's objects this rank takes."""
-        hosted = engine.plan.hosted(engine.rank)
+        hosted = engine.plan.worked(engine.rank)
         replica = replica_of(engine)
         holders = [s for s, meta in self.slots.items() if hosted and hosted[-1] in meta["origin"]["hosted"]]
         same = [slot for slot in holders if self.slots[slot]["origin"]["replica"] == replica]

@@ -1,0 +1,113 @@
+"""From what the user asked and how many ranks there are to the plans of training and of validation.
+
+    chain     every microbatch visits the layers in order; interleaved if asked for
+    swapped   every other one visits the ends in reverse (pipeline/swap.py); validation is a chain of the same split
+    one rank  with `swap` and `stages`: the swapped order of that many stages in one process, to compare with
+
+Which layers are blocks must be known before ranks talk, for all layers and not only the hosted ones: a function that
+makes a layer is called once on torch's meta device, where tensors have shapes and no memory. That ranks have come to
+the same plan is seen from its digest when they join. Not here: what a plan is for (engine.py), how it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from holdfast.proto.errors import ConfigError
+from holdfast.proto.plan import Plan
+
+from . import rng
+from .config import TrainerConfig
+from .pipeline.blocks import longest_run
+from .pipeline.planner import choose_grid, grid_plan
+from .pipeline.swap import alone, swap_costs, swap_split, swapped_plan
+from .state import LayerSpec, kind_of
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The grid of a job. `blocks` is empty unless stages are swapped."""
+
+    config: TrainerConfig
+    units: int
+    stages: int
+    replicas: int
+    single: bool
+    """All of it on one rank."""
+    blocks: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(config: TrainerConfig, layers: Sequence[LayerSpec], world_size: int) -> Layout:
+        """Raises ConfigError, one line, for what cannot be laid out so."""
+        if not config.swap:
+            return Layout(config, len(layers), *choose_grid(world_size, config.stages, config.replicas), False)
+        single = world_size == 1
+        ranks = (config.stages or 1) * (config.replicas or 1) if single else world_size
+        stages, replicas = choose_grid(ranks, config.stages, config.replicas)
+        return Layout(config, len(layers), stages, replicas, single, longest_run(kinds_of(layers)))
+
+    def training(self) -> Plan:
+        """The plan of a step."""
+        if not self.config.swap:
+            return self._chain(self.config.step_microbatches, self.config.split)
+        plan = swapped_plan(
+            units=self.units,
+            blocks=self.blocks,
+            stages=self.stages,
+            replicas=self.replicas,
+            microbatches=self.config.step_microbatches,
+            schedule=self.config.schedule,
+            split=self.config.split,
+            shadows=self.config.shadows,
+        )
+        return alone(plan) if self.single else plan
+
+    def validation(self, microbatches: int) -> Plan:
+        """A plan of forwards in order, which hosts what the training plan hosts."""
+        if not self.config.swap:
+            return self._chain(microbatches, self.config.split)
+        plan = self._chain(microbatches, swap_split(self.units, self.blocks, self.stages, self.config.split))
+        return alone(plan) if self.single else plan
+
+    @property
+    def costs(self) -> tuple[float, ...] | None:
+        """Costs of the units, for the schedule of the training plan; None for all the same."""
+        return swap_costs(self.units, self.blocks) if self.config.swap and not self.single else None
+
+    def _chain(self, microbatches: int, split: Sequence[int] | None) -> Plan:
+        return grid_plan(
+            units=self.units,
+            stages=self.stages,
+            replicas=self.replicas,
+            microbatches=max(microbatches, self.replicas),
+            interleave=self.config.interleave,
+            schedule=self.config.schedule,
+            split=split,
+        )
+
+
+def kinds_of(layers: Sequence[LayerSpec]) -> list[str]:
+    """The kind of every layer, hosted here or not; a function is called once for all its places in the list."""
+    known: dict[int, str] = {}
+    for unit, layer in enumerate(layers):
+        if id(layer) not in known:
+            known[id(layer)] = kind_of(layer if isinstance(layer, nn.Module) else _outline(layer, unit))
+    return [known[id(layer)] for layer in layers]
+
+
+def _outline(layer: LayerSpec, unit: int) -> nn.Module:
+    with rng.seeded(torch.device("cpu"), 0), torch.device("meta"):
+        try:
+            module = layer()
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"swapped stages: the shapes of layer {unit} cannot be told: its function does not run on torch's meta "
+                f"device ({type(error).__name__}: {' '.join(str(error).split())}); give the layer as a module"
+            ) from None
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"layer {unit} is neither a module nor a function that returns one", got=type(module))
+    return module
