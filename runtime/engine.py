@@ -185,8 +185,6 @@ class Engine:
         self._executor.attach(group)
         if self._validation is not None:
             self._validation[0].attach(group)
-        if self.step == 0:
-            self._shadows.start(group)
         names = [f"{unit}.{name}" for unit, name in self._worked]
         mine = {"names": names, "gate": self.gate(), "kept": self.snapshots.keeps()}
         self._lease.renew(Phase.WAITING)
@@ -197,6 +195,8 @@ class Engine:
             told = {rank: row["gate"][key] for rank, row in enumerate(everybody) if row["gate"][key] is not None}
             if len(set(map(str, told.values()))) > 1:
                 raise ConfigError(f"the ranks disagree on the {key} that they resume with: {told}")
+        if self.step == 0:
+            self._shadows.start(group)
         self.kept = Kept.of([row["kept"] for row in everybody], self.snapshots.placement)
         self.snapshots.resumed(self.step, self.kept)
         self._first_after_resume = True
