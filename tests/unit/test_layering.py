@@ -35,6 +35,8 @@ PURE: Final = (
     "holdfast.runtime.pipeline.planner",
     "holdfast.runtime.pipeline.schedule",
     "holdfast.runtime.recovery.decide",
+    "holdfast.runtime.recovery.ladder",
+    "holdfast.runtime.recovery.neighbours",
     "holdfast.launcher.membership",
     "holdfast.launcher.detector",
 )
