@@ -67,9 +67,29 @@ def decide(mode: str, reports: Sequence[Report], reachable: Reachable | None = N
 
 
 def stages(reports: Sequence[Report]) -> dict[int, int]:
+    """Rank -> number of its stage."""
+    return stage_numbers({report.rank: tuple(report.units) for report in reports})
+
+
+def stage_numbers(hosted: Mapping[int, Sequence[int]]) -> dict[int, int]:
     """Rank -> number of its stage: ranks that host the same units are one."""
-    hosted = sorted({tuple(sorted(report.units)) for report in reports})
-    return {report.rank: hosted.index(tuple(sorted(report.units))) for report in reports}
+    different = sorted({tuple(sorted(units)) for units in hosted.values()})
+    return {rank: different.index(tuple(sorted(units))) for rank, units in hosted.items()}
+
+
+def announce(sources: Mapping[int, Source], numbers: Mapping[int, int], step: int) -> str:
+    """What is not exact about a generation, for people; empty if it is."""
+    said: dict[str, None] = {}
+    for rank, source in sorted(sources.items(), key=lambda item: (numbers[item[0]], item[0])):
+        if source.rung == "stale":
+            age = step - source.step
+            text = f"stage {numbers[rank]} went back alone to step {source.step} ({age} step{'s' * (age != 1)} old)"
+        elif source.rung == "neighbours":
+            text = f"stage {numbers[rank]} rebuilt from its neighbours"
+        else:
+            continue
+        said[text] = None
+    return "; ".join(said)
 
 
 def layout_of(reports: Sequence[Report]) -> Layout:
