@@ -97,7 +97,8 @@ class Control(control_pb2_grpc.ControlServicer):
         self._ranks[hello.rank] = queue
         queue.put_nowait(pb.RankOrder(generation=job.generation, welcome=pb.Welcome()))
         who = (hello.rank, hello.incarnation, hello.pid, hello.host)
-        self._do(job.on_rank_hello(time.monotonic_ns(), *who, first.generation, hello.live_step))
+        where = (first.generation, hello.live_step, hello.inexact_since)
+        self._do(job.on_rank_hello(time.monotonic_ns(), *who, *where))
         handle = partial(self._on_rank_message, hello.rank, hello.incarnation)
         reader = asyncio.create_task(self._read(request_iterator, handle, queue))
         try:
@@ -136,7 +137,7 @@ class Control(control_pb2_grpc.ControlServicer):
             case "restored":
                 sources = [(s.rung, int(s.bytes), int(s.pieces)) for s in message.restored.sources]
                 restored_ns = now_ns if foreign else int(message.restored.restored_ns)
-                return job.on_restored(rank, generation, restored_ns, sources)
+                return job.on_restored(rank, generation, restored_ns, sources, message.restored.note)
             case "committed":
                 body = message.committed
                 committed_ns = now_ns if foreign else int(body.committed_ns)

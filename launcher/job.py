@@ -23,7 +23,7 @@ from typing import Final
 
 from holdfast.ckpt.memory.placement import decodable, place, survivable
 from holdfast.ckpt.memory.redundancy import NONE, SHARDS_MAX, HostInfo, Placement, Redundancy, SlotInfo
-from holdfast.runtime.recovery.decide import Impossible, Resume, decide_resume
+from holdfast.runtime.recovery.decide import Impossible, Resume
 
 from .actions import Action, Adopt, Announce, Probe, Record, StepDown, StopJob, Tell, Welcome
 from .hosts import Host, HostBook, Roster, assign, has_quorum
@@ -220,7 +220,7 @@ class Job(Membership):
     # ---- generations ----------------------------------------------------------------------------------
 
     def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
-        decision = decide_resume([joins[rank].report for rank in sorted(joins)], self._reachable(joins))
+        decision = self._choose(joins, self._reachable(joins))
         if isinstance(decision, Impossible):
             return decision
         rebuilt = tuple(rank for rank, source in sorted(decision.sources.items()) if source.rung == "parity")
@@ -249,7 +249,7 @@ class Job(Membership):
         return found
 
     def _why_lost(self, decision: Impossible) -> str:
-        if self._current is None:
+        if self._current is None or decision.why:
             return super()._why_lost(decision)
         lost = [host for host in self.book.all.values() if host.lost]
         ranks = ", ".join(map(str, decision.missing))

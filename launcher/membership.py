@@ -21,11 +21,13 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 
 from holdfast.proto.ids import NO_STEP
-from holdfast.runtime.recovery.decide import Impossible, Resume, Source, decide_resume
+from holdfast.runtime.recovery.decide import Impossible, Reachable, Resume, Source
+from holdfast.runtime.recovery.ladder import decide, stages
 
 from .actions import Action, Announce, Fence, Form, JobDone, Record, StopJob, StoreAll
+from .exactness import WHAT_HELPS, Exactness
 from .recovery import Recovery
-from .slots import Joined, Slot
+from .slots import Joined, Slot, mismatch
 
 SUSPECT_GRACE_NS = 500_000_000
 """How long a broken connection without a known death waits for the agent to name the dead."""
@@ -57,6 +59,7 @@ class Membership:
         self._recovery: Recovery | None = None
         self._suspected: tuple[int, int, str] | None = None  # deadline, generation, reason
         self.recoveries = 0
+        self.exactness = Exactness()
         self.placement = 0  # number of the placement of parity; 0: none
         self.step = int(NO_STEP)
         self.loss = float("nan")
@@ -120,7 +123,8 @@ class Membership:
         if finished:
             slot.finished = slot.ended = True
             record: Action = Record({"event": "rank_finished", "rank": rank, "incarnation": incarnation})
-            done: list[Action] = [JobDone()] if all(slot.ended for slot in self.slots.values()) else []
+            said: list[Action] = [Announce(line)] if (line := self.exactness.last_line()) else []
+            done = [*said, JobDone()] if all(slot.ended for slot in self.slots.values()) else []
             return [record, *done, *self._form_if_waiting(now_ns)]
         cause: dict[str, object] = {
             "rank": rank,
@@ -140,13 +144,22 @@ class Membership:
     # ---- ranks --------------------------------------------------------------------------------------
 
     def on_rank_hello(
-        self, now_ns: int, rank: int, incarnation: int, pid: int, host: int, generation: int, live_step: int
+        self,
+        now_ns: int,
+        rank: int,
+        incarnation: int,
+        pid: int,
+        host: int,
+        generation: int,
+        live_step: int,
+        since: int = 0,
     ) -> list[Action]:
-        """A rank opened its session (for the first time, or again after this coordinator was restarted)."""
+        """A rank opened its session, perhaps again, with another coordinator. `since`: its first step not exact."""
         slot = self.slots[rank]
         if incarnation < slot.incarnation:
             return []  # a fenced process that does not know it yet
         del host
+        self.exactness.heard(since)
         slot.connected = slot.alive = True
         slot.pid = pid  # where it runs its agent says, whose number may be newer than the rank's
         newer = incarnation > slot.incarnation
@@ -190,13 +203,15 @@ class Membership:
         return [StoreAll(generation, values, ranks)]
 
     def on_restored(
-        self, rank: int, generation: int, restored_ns: int, sources: Iterable[tuple[str, int, int]]
+        self, rank: int, generation: int, restored_ns: int, sources: Iterable[tuple[str, int, int]], note: str = ""
     ) -> list[Action]:
-        """A member's state is the resume step's; `sources` are (rung, bytes, pieces)."""
+        """A member's state is the resume step's; `sources` are (rung, bytes, pieces). `note`: how, if not exactly."""
         recovery = self._recovery
         if generation != self.generation or recovery is None:
             return []
         recovery.restored.add(rank)
+        if note:
+            recovery.notes[rank] = note
         recovery.restored_ns = max(recovery.restored_ns, restored_ns)
         for rung, size, pieces in sources:
             total = recovery.sources.setdefault(rung, [0, 0, 0])
@@ -282,9 +297,8 @@ class Membership:
         finished = {rank for rank, slot in self.slots.items() if slot.finished and rank not in self._joins}
         if len(self._joins) + len(finished) < self.world_size:
             return []
-        mismatch = _mismatch(self._joins)
-        if mismatch:
-            return [StopJob(2, mismatch)]
+        if different := mismatch(self._joins):
+            return [StopJob(2, different)]
         decision = self._decide(self._joins)
         if isinstance(decision, Impossible):
             return [StopJob(1, self._why_lost(decision))]
@@ -302,9 +316,14 @@ class Membership:
             (rank, self.members[rank], self.slots[rank].host, decision.sources.get(rank, Source("live")))
             for rank in ranks
         )
+        reports = [joined.report for _, joined in sorted(self._joins.items())]
+        reported = min((joined.inexact_since for joined in self._joins.values() if joined.inexact_since), default=0)
+        self.exactness.heard(reported)
+        formation = self.exactness.formed(decision, reported, stages(reports))
         if self._recovery is not None:
             self._recovery.formed_ns = now_ns
             self._recovery.resume_step = decision.step
+            self._recovery.inexact = formation
         self.step = decision.step
         formed: dict[str, object] = {
             "event": "formed",
@@ -314,6 +333,8 @@ class Membership:
             "fresh": decision.fresh,
             "solo": bool(finished),
         }
+        if formation.told:
+            formed |= {"exact": False, "inexact": formation.ranks}
         joins, self._joins = self._joins, {}
         return [
             Record(formed),
@@ -323,10 +344,18 @@ class Membership:
 
     def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
         """The step to resume from, and everybody's source."""
-        return decide_resume([joins[rank].report for rank in sorted(joins)])
+        return self._choose(joins, {})
+
+    @staticmethod
+    def _choose(joins: Mapping[int, Joined], reachable: Reachable) -> Resume | Impossible:
+        """The same with what other hosts hold; as the ranks were started to recover."""
+        mode = next(iter(joins.values())).recovery
+        return decide(mode, [joins[rank].report for rank in sorted(joins)], reachable)
 
     def _why_lost(self, decision: Impossible) -> str:
         """One line for a job that has nothing to resume from."""
+        if decision.why:
+            return f"state after step {decision.newest} is lost. {decision.why}. {WHAT_HELPS}"
         ranks = ", ".join(map(str, decision.missing))
         return (
             f"the state of rank {ranks} after step {decision.newest} is lost: no live copy, no snapshot. "
@@ -353,6 +382,7 @@ class Membership:
             "step": self.step,
             "loss": self.loss,
             "recoveries": self.recoveries,
+            "exactness": self.exactness.status(),
             "ranks": [
                 {
                     "rank": rank,
@@ -367,13 +397,3 @@ class Membership:
                 for rank, slot in self.slots.items()
             ],
         }
-
-
-def _mismatch(joins: Mapping[int, Joined]) -> str:
-    """Why these processes cannot train together, or ''."""
-    for what, field_name in (("plan", "plan"), ("numerics", "compute"), ("last step", "until")):
-        values = {rank: getattr(joined, field_name) for rank, joined in sorted(joins.items())}
-        if len(set(values.values())) > 1:
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
-            return f"the ranks disagree on the {what} ({listed}); all must run the same script, arguments and build"
-    return ""

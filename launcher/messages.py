@@ -45,14 +45,33 @@ def joined_of(rank: int, incarnation: int, join: Any) -> Joined:
     held = {int(h.rank): frozenset(int(s) for s in h.steps) for h in join.held}
     parity = {(int(p.placement), int(p.stripe), int(p.index)): frozenset(int(s) for s in p.steps) for p in join.parity}
     disk = frozenset(int(step) for step in join.disk)
-    report = Report(rank, int(join.live_step), tuple(int(p) for p in join.peers), held, disk)
-    return Joined(incarnation, report, join.plan, join.compute, int(join.until), int(join.image_bytes), parity)
+    report = Report(
+        rank,
+        int(join.live_step),
+        tuple(int(p) for p in join.peers),
+        held,
+        disk,
+        ready_step=int(join.ready_step),
+        told_step=int(join.told_step),
+        units={int(unit): str(kind) for unit, kind in join.units.items()},
+    )
+    return Joined(
+        incarnation,
+        report,
+        join.plan,
+        join.compute,
+        int(join.until),
+        int(join.image_bytes),
+        parity,
+        join.recovery or "exact",
+        int(join.inexact_since),
+    )
 
 
 def form_order(form: Form) -> Any:
     """The order that makes a generation stand."""
     members = [
-        pb.Member(rank=rank, incarnation=incarnation, host=host, rung=source.rung, peer=source.peer)
+        pb.Member(rank=rank, incarnation=incarnation, host=host, rung=source.rung, peer=source.peer, step=source.step)
         for rank, incarnation, host, source in form.members
     ]
     body = pb.Form(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import saving
+from . import recovering, saving
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="scripted faults: rank=2,step=5,at=backward:3,kind=kill;...",
     )
     add("--snapshots", choices=("on", "off"), default="on", help="snapshots in memory (default on)")
+    recovering.add_options(parser)
     saving.add_options(parser)
     _add_hosts(parser)
 

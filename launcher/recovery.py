@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from holdfast.proto.ids import NO_STEP
 
+from .exactness import Formation
+
 
 def span_ms(start_ns: int, end_ns: int) -> float:
     """Milliseconds between two times; 0 if either is unknown."""
@@ -31,10 +33,14 @@ class Recovery:
     sources: dict[str, list[int]] = field(default_factory=dict)
     resume_step: int = NO_STEP
     step_before: int = NO_STEP
+    inexact: Formation = field(default_factory=Formation)
+    notes: dict[int, str] = field(default_factory=dict)
+    """Rank -> how its state was made that is not exact."""
 
     def begin_again(self, now_ns: int, cause: dict[str, object] | None) -> None:
         """A generation of this recovery begins (its first, or one that supersedes another)."""
         self.restored, self.restored_ns, self.sources = set(), 0, {}
+        self.inexact, self.notes = Formation(), {}
         if cause is not None:
             self.causes.append(cause)
             if not self.detected_ns:
@@ -59,7 +65,7 @@ class Recovery:
             "resume_step": self.resume_step,
             "step_before": self.step_before,
             "first_step": step,
-            "exact": True,
+            "exact": not self.inexact.told,
             "sources": {
                 rung: {"ranks": ranks, "bytes": size, "pieces": pieces}
                 for rung, (ranks, size, pieces) in sorted(self.sources.items())
@@ -67,10 +73,15 @@ class Recovery:
             "total_ms": total_ms,
             **spans,
         }
+        if self.inexact.told:
+            event["inexact"] = {
+                rank: {**told, "how": self.notes.get(int(rank), "")} for rank, told in self.inexact.ranks.items()
+            }
         lost = "; ".join(f"rank {cause['rank']} {cause['reason']}" for cause in self.causes) or "unknown"
         steps = ", ".join(f"{name[:-3]} {value:.0f}" for name, value in spans.items())
         line = (
             f"recovered in {total_ms:.0f} ms ({steps} ms): {lost}; resumed from step {self.resume_step}"
-            f"{' (a checkpoint on disk)' if 'disk' in self.sources else ''}, step {step} committed; exact"
+            f"{' (a checkpoint on disk)' if 'disk' in self.sources else ''}, step {step} committed; "
+            f"{f'NOT exact: {self.inexact.told}' if self.inexact.told else 'exact'}"
         )
         return event, line

@@ -39,6 +39,7 @@ from .bootstrap import is_ours, own_address
 from .detector import Limits
 from .options import add_options
 from .processes import tell
+from .recovering import plan_recovering
 from .saving import plan_saving
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         ),
         "budget": MANAGED_BUDGET if arguments.max_restarts is None else arguments.max_restarts,
         "faults": arguments.faults,
-        "snapshots": arguments.snapshots == "on",
+        "recovering": plan_recovering(arguments),
         "saving": wanted,
     }
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from holdfast.proto.errors import ConfigError
 
+from .recovery.neighbours import NeighbourOptions
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerConfig:
@@ -45,6 +47,7 @@ class TrainerConfig:
     exact: bool = True
     state: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
+    neighbours: NeighbourOptions = field(default_factory=NeighbourOptions)
 
     def __post_init__(self) -> None:
         for name in ("microbatch_size", "interleave", "snapshot_every"):
@@ -60,8 +63,6 @@ class TrainerConfig:
             )
         if self.schedule not in ("1f1b", "gpipe"):
             raise ConfigError(f"schedule is '1f1b' or 'gpipe', got {self.schedule!r}")
-        if self.swap and self.interleave > 1:
-            raise ConfigError("swap and interleave are two ways to visit the stages: use one of them")
         if self.shadows and not self.swap:
             raise ConfigError("shadows keep the layers at the ends of swapped stages: use swap=True with them")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -75,6 +76,8 @@ class TrainerConfig:
             raise ConfigError(f"loss_scale is a number above 0 or 'dynamic', got {scale!r}")
         if not isinstance(self.state, Mapping):
             raise ConfigError(f"state is a dict of name -> object, got a {type(self.state).__qualname__}")
+        if not isinstance(self.neighbours, NeighbourOptions):
+            raise ConfigError(f"neighbours is a NeighbourOptions(...), got a {type(self.neighbours).__qualname__}")
         if not callable(self.loss):
             raise ConfigError("loss is a function of (output of the last layer, target)")
         if not callable(self.optimizer):

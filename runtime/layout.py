@@ -4,9 +4,10 @@
     swapped   every other one visits the ends in reverse (pipeline/swap.py); validation is a chain of the same split
     one rank  with `swap` and `stages`: the swapped order of that many stages in one process, to compare with
 
-Which layers are blocks must be known before ranks talk, for all layers and not only the hosted ones: a function that
-makes a layer is called once on torch's meta device, where tensors have shapes and no memory. That ranks have come to
-the same plan is seen from its digest when they join. Not here: what a plan is for (engine.py), how it is made.
+Stages are swapped if the script says so (`swap`), or to recover by --recovery neighbours+, then with shadows. Which
+layers are blocks must be known before ranks talk, for all layers and not only the hosted ones: a function that makes a
+layer is called once on torch's meta device, where tensors have shapes and no memory. That ranks have come to the same
+plan is seen from its digest when they join. Not here: what a plan is for (engine.py), how it is made (pipeline/).
 """
 
 from __future__ import annotations
@@ -25,34 +26,42 @@ from .config import TrainerConfig
 from .pipeline.blocks import longest_run
 from .pipeline.planner import choose_grid, grid_plan
 from .pipeline.swap import alone, swap_costs, swap_split, swapped_plan
+from .recovery.ladder import Mode
 from .state import LayerSpec, kind_of
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The grid of a job. `blocks` is empty unless stages are swapped."""
+    """The grid of a job."""
 
     config: TrainerConfig
     units: int
     stages: int
     replicas: int
-    single: bool
+    swap: bool = False
+    shadows: bool = False
+    single: bool = False
     """All of it on one rank."""
     blocks: tuple[int, ...] = ()
+    """Known if stages are swapped."""
 
     @staticmethod
-    def of(config: TrainerConfig, layers: Sequence[LayerSpec], world_size: int) -> Layout:
+    def of(config: TrainerConfig, layers: Sequence[LayerSpec], world_size: int, recovery: Mode) -> Layout:
         """Raises ConfigError, one line, for what cannot be laid out so."""
-        if not config.swap:
-            return Layout(config, len(layers), *choose_grid(world_size, config.stages, config.replicas), False)
-        single = world_size == 1
+        plus = recovery == "neighbours+"
+        if not (config.swap or plus):
+            return Layout(config, len(layers), *choose_grid(world_size, config.stages, config.replicas))
+        if config.interleave > 1:
+            raise ConfigError("swapped stages and interleave are two ways to visit the stages: use one of them")
+        single = world_size == 1 and not plus
         ranks = (config.stages or 1) * (config.replicas or 1) if single else world_size
         stages, replicas = choose_grid(ranks, config.stages, config.replicas)
-        return Layout(config, len(layers), stages, replicas, single, longest_run(kinds_of(layers)))
+        blocks = longest_run(kinds_of(layers))
+        return Layout(config, len(layers), stages, replicas, True, config.shadows or plus, single, blocks)
 
     def training(self) -> Plan:
         """The plan of a step."""
-        if not self.config.swap:
+        if not self.swap:
             return self._chain(self.config.step_microbatches, self.config.split)
         plan = swapped_plan(
             units=self.units,
@@ -62,13 +71,13 @@ class Layout:
             microbatches=self.config.step_microbatches,
             schedule=self.config.schedule,
             split=self.config.split,
-            shadows=self.config.shadows,
+            shadows=self.shadows,
         )
         return alone(plan) if self.single else plan
 
     def validation(self, microbatches: int) -> Plan:
         """A plan of forwards in order, which hosts what the training plan hosts."""
-        if not self.config.swap:
+        if not self.swap:
             return self._chain(microbatches, self.config.split)
         plan = self._chain(microbatches, swap_split(self.units, self.blocks, self.stages, self.config.split))
         return alone(plan) if self.single else plan
@@ -76,7 +85,7 @@ class Layout:
     @property
     def costs(self) -> tuple[float, ...] | None:
         """Costs of the units, for the schedule of the training plan; None for all the same."""
-        return swap_costs(self.units, self.blocks) if self.config.swap and not self.single else None
+        return swap_costs(self.units, self.blocks) if self.swap and not self.single else None
 
     def _chain(self, microbatches: int, split: Sequence[int] | None) -> Plan:
         return grid_plan(

@@ -87,6 +87,8 @@ class Trainer:
       snapshot_every: keep the state of every so many steps in memory (1); a failure redoes what is since.
       clip_norm: global gradient norm; autocast: torch.bfloat16 or torch.float16; loss_scale: number or "dynamic";
       skip_nonfinite: leave out updates with infinite or NaN gradients; checkpoint_activations: recompute.
+      neighbours: NeighbourOptions(exponent, clip, lr_factor, lr_decay_steps), the numbers of `holdfast run --recovery
+        neighbours` (docs/RECOVERY.md).
       seed; shuffle; exact: False trades the gradient tree for a plain running sum; state: name -> object with
         state_dict/load_state_dict, captured at each commit and restored with everything else (change them inside
         layers, loss or data, not between steps); device: "cpu" or "cuda".
@@ -208,9 +210,11 @@ class Trainer:
                 # Its traceback holds the broken step's tensors, just when a copy of the state may be needed.
                 self._session.rejoin(self._engine, self._until, error.with_traceback(None))
                 if recovered is not None:
+                    inexact = f"; NOT exact: {self._session.announced}" if self._session.announced else ""
                     recovered.append(
                         f"generation {self._session.generation}: {self._session.reason}; resumed from step "
                         f"{self._engine.step} (was at {before}) after {(time.monotonic() - started) * 1e3:.0f} ms"
+                        f"{inexact}"
                     )
 
     def _guarded(self, call: Any) -> None:

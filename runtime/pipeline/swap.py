@@ -62,6 +62,12 @@ def swapped_plan(
     return Plan(chain.world_size, units, paths, schedule, kept)
 
 
+def partner(stage: int, stages: int) -> int | None:
+    """The stage that learns what `stage` does, numbered from 0; None for those in the middle."""
+    pairs = {0: 1, 1: 0, stages - 1: stages - 2, stages - 2: stages - 1}
+    return pairs.get(stage) if stages >= STAGES_MIN else None
+
+
 def alone(plan: Plan) -> Plan:
     """The same microbatches in the same orders on one rank: what `plan` must compute, bit for bit."""
     paths = {

@@ -29,7 +29,7 @@ from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
 from ..arenas import DTYPES
-from ..member import Formed
+from ..joining import Formed
 from ..origin import optimizer_kind, origin, replica_of, unchanging
 from .remap import Old, compose
 

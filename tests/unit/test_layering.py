@@ -38,6 +38,8 @@ PURE: Final = (
     "holdfast.runtime.pipeline.swap",
     "holdfast.runtime.pipeline.weave",
     "holdfast.runtime.recovery.decide",
+    "holdfast.runtime.recovery.ladder",
+    "holdfast.runtime.recovery.neighbours",
     "holdfast.launcher.membership",
     "holdfast.launcher.detector",
 )

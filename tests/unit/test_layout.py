@@ -25,7 +25,7 @@ def config(**arguments: Any) -> TrainerConfig:
 
 
 def test_a_chain_is_laid_out_as_ever() -> None:
-    layout = Layout.of(config(stages=2, interleave=2, schedule="gpipe"), LAYERS, 4)
+    layout = Layout.of(config(stages=2, interleave=2, schedule="gpipe"), LAYERS, 4, "exact")
     chain: dict[str, Any] = {"units": 10, "stages": 2, "replicas": 2, "interleave": 2, "schedule": "gpipe"}
     assert layout.training() == grid_plan(microbatches=6, **chain)
     assert layout.validation(3) == grid_plan(microbatches=3, **chain)
@@ -34,7 +34,7 @@ def test_a_chain_is_laid_out_as_ever() -> None:
 
 
 def test_swapped_stages_validate_in_order_on_the_units_that_ranks_work_on() -> None:
-    layout = Layout.of(config(swap=True, shadows=True), LAYERS, 4)
+    layout = Layout.of(config(swap=True, shadows=True), LAYERS, 4, "exact")
     assert layout.training() == swapped_plan(**SWAPPED, shadows=True)
     validation = layout.validation(5)
     assert {tuple(unit for hop in path.hops for unit in hop.units) for path in validation.paths} == {tuple(range(10))}
@@ -42,16 +42,24 @@ def test_swapped_stages_validate_in_order_on_the_units_that_ranks_work_on() -> N
     assert layout.costs == (0, *[1] * 8, 0)
 
 
+def test_neighbours_plus_swaps_and_shadows_whatever_the_script_says() -> None:
+    layout = Layout.of(config(), LAYERS, 4, "neighbours+")
+    assert layout.training() == swapped_plan(**SWAPPED, shadows=True)
+    assert not Layout.of(config(), LAYERS, 4, "neighbours").swap
+    with pytest.raises(ConfigError, match="4 stages are needed"):
+        Layout.of(config(stages=4), LAYERS, 1, "neighbours+").training()
+
+
 def test_one_process_runs_the_order_of_as_many_stages_as_it_is_told() -> None:
-    layout = Layout.of(config(swap=True, shadows=True, stages=4), LAYERS, 1)
+    layout = Layout.of(config(swap=True, shadows=True, stages=4), LAYERS, 1, "exact")
     assert layout.training() == alone(swapped_plan(**SWAPPED))
     assert layout.validation(6).world_size == 1
     with pytest.raises(ConfigError, match="4 stages are needed, so that both ends have two, not 1"):
-        Layout.of(config(swap=True), LAYERS, 1).training()
+        Layout.of(config(swap=True), LAYERS, 1, "exact").training()
 
 
 def test_a_split_is_the_users() -> None:
-    layout = Layout.of(config(swap=True, split=[2, 3, 2, 3]), LAYERS, 4)
+    layout = Layout.of(config(swap=True, split=[2, 3, 2, 3]), LAYERS, 4, "exact")
     assert [layout.training().worked(rank) for rank in range(4)] == [(0, 1), (2, 3, 4), (5, 6), (7, 8, 9)]
     assert layout.validation(4).hosted(1) == (2, 3, 4)
 
@@ -59,7 +67,7 @@ def test_a_split_is_the_users() -> None:
 @pytest.mark.parametrize(
     ("wrong", "world_size", "sentence"),
     [
-        ({"swap": True, "interleave": 2}, 4, "swap and interleave are two ways to visit the stages"),
+        ({"swap": True, "interleave": 2}, 4, "swapped stages and interleave are two ways to visit the stages"),
         ({"shadows": True}, 4, "use swap=True with them"),
         ({"swap": True}, 3, "4 stages are needed"),
         ({"swap": True, "layers": [nn.Tanh] * 9}, 4, "the model has 0"),
@@ -69,7 +77,7 @@ def test_a_split_is_the_users() -> None:
 def test_what_cannot_be_swapped_is_refused_in_one_line(wrong: dict[str, Any], world_size: int, sentence: str) -> None:
     def plan() -> None:
         made = config(**wrong)
-        Layout.of(made, made.layers, world_size).training()
+        Layout.of(made, made.layers, world_size, "exact").training()
 
     with pytest.raises(ConfigError) as refused:
         plan()

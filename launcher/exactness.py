@@ -1,0 +1,83 @@
+"""Whether a run is still what an unbroken one would be, and what is said where it is not. Pure.
+
+    a Form with rungs "stale" or "neighbours" ─▶ since: the first step made from such a state
+                                              ─▶ event record, status, last line of the run
+
+Ranks carry `since` with their state and say it whenever they join or connect: so it outlives a coordinator, and a
+checkpoint from which another run goes on. Invariant: it is never taken back while the job lives, unless all ranks go
+back to a state from before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from holdfast.runtime.recovery.decide import Resume
+from holdfast.runtime.recovery.ladder import INEXACT, announce
+
+WHAT_HELPS: Final = (
+    "What helps: snapshots (--recovery auto), --recovery neighbours+ for the first and last layers, --checkpoint-dir"
+)
+
+
+@dataclass(slots=True)
+class Exactness:
+    """Of one job."""
+
+    since: int = 0
+    """First step that was not exact; 0: all were."""
+    count: int = 0
+    """Recoveries that were not exact, as far as this coordinator saw them."""
+    last: str = ""
+    """What the last of them did."""
+
+    def heard(self, since: int) -> None:
+        """A rank says what its state carries."""
+        if since:
+            self.since = min(self.since or since, since)
+
+    def formed(self, decision: Resume, reported: int, stages: Mapping[int, int]) -> Formation:
+        """A generation goes on like this; `reported`: the earliest that its ranks' states carry, 0 for none."""
+        told = announce(decision.sources, stages, decision.step)
+        # Everybody is back at a state from before: what was not exact is forgotten with it.
+        back = self.since > decision.step and not reported
+        self.since = 0 if back else self.since
+        if not told:
+            return Formation()
+        self.heard(decision.step + 1)
+        self.count += 1
+        self.last = told
+        lossy = {
+            str(rank): {"rung": source.rung, "stage": stages[rank]}
+            | ({"step": source.step, "age": decision.step - source.step} if source.rung == "stale" else {})
+            for rank, source in sorted(decision.sources.items())
+            if source.rung in INEXACT
+        }
+        return Formation(told, lossy)
+
+    def status(self) -> dict[str, object]:
+        """For `holdfast status`."""
+        return {
+            "exact": not self.since,
+            "inexact_since": self.since,
+            "inexact_recoveries": self.count,
+            "last": self.last,
+        }
+
+    def last_line(self) -> str:
+        """What is said when the job is done; empty if there is nothing to say."""
+        if not self.since:
+            return ""
+        again = f"; {self.count} recoveries were not, the last: {self.last}" if self.count else ""
+        return f"done, NOT exact since step {self.since}{again}"
+
+
+@dataclass(frozen=True, slots=True)
+class Formation:
+    """What is not exact about one generation; empty if nothing is."""
+
+    told: str = ""
+    ranks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Rank -> rung, stage; for a stale one the step it went back to, and how many steps that is."""
