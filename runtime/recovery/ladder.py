@@ -27,6 +27,7 @@ from typing import Final, Literal
 
 from holdfast.proto.ids import NO_STEP
 
+from ..pipeline.blocks import NO_STATE
 from .decide import (
     Impossible,
     Reachable,
@@ -38,7 +39,7 @@ from .decide import (
     held_everywhere,
     ranks_without_source,
 )
-from .neighbours import NO_STATE, Layout, plan_rebuild
+from .neighbours import Layout, plan_rebuild
 
 Mode = Literal["exact", "neighbours", "neighbours+", "stale", "auto"]
 MODES: Final[tuple[Mode, ...]] = ("exact", "neighbours", "neighbours+", "stale", "auto")

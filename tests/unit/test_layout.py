@@ -47,7 +47,7 @@ def test_neighbours_plus_swaps_and_shadows_whatever_the_script_says() -> None:
     assert layout.training() == swapped_plan(**SWAPPED, shadows=True)
     assert not Layout.of(config(), LAYERS, 4, "neighbours").swap
     with pytest.raises(ConfigError, match="4 stages are needed"):
-        Layout.of(config(stages=4), LAYERS, 1, "neighbours+").training()
+        Layout.of(config(), LAYERS, 1, "neighbours+").training()
 
 
 def test_one_process_runs_the_order_of_as_many_stages_as_it_is_told() -> None:
