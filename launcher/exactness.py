@@ -38,17 +38,17 @@ class Exactness:
         if since:
             self.since = min(self.since or since, since)
 
-    def formed(self, decision: Resume, reported: int, stages: Mapping[int, int]) -> Formation:
-        """A generation goes on like this; `reported`: the earliest that its ranks' states carry, 0 for none."""
+    def formed(self, decision: Resume, carried: Mapping[int, int], stages: Mapping[int, int]) -> Formation:
+        """A generation goes on like this; `carried`: what each rank's state, before it is restored, says of itself."""
         told = announce(decision.sources, stages, decision.step)
-        # Everybody is back at a state from before: what was not exact is forgotten with it.
-        back = self.since > decision.step and not reported
-        self.since = 0 if back else self.since
+        kept = [carried[rank] for rank, source in decision.sources.items() if source.rung in ("live", "ready")]
+        if self.since > decision.step and not any(kept):
+            self.since = 0  # everybody is back at a state from before
+        for since in kept:
+            self.heard(since)
         if not told:
             return Formation()
         self.heard(decision.step + 1)
-        self.count += 1
-        self.last = told
         lossy = {
             str(rank): {"rung": source.rung, "stage": stages[rank]}
             | ({"step": source.step, "age": decision.step - source.step} if source.rung == "stale" else {})
@@ -56,6 +56,12 @@ class Exactness:
             if source.rung in INEXACT
         }
         return Formation(told, lossy)
+
+    def recovered(self, formation: Formation) -> None:
+        """The first step after a recovery was committed; a generation that broke off before that does not count."""
+        if formation.told:
+            self.count += 1
+            self.last = formation.told
 
     def status(self) -> dict[str, object]:
         """For `holdfast status`."""

@@ -316,10 +316,9 @@ class Membership:
             (rank, self.members[rank], self.slots[rank].host, decision.sources.get(rank, Source("live")))
             for rank in ranks
         )
-        reports = [joined.report for _, joined in sorted(self._joins.items())]
-        reported = min((joined.inexact_since for joined in self._joins.values() if joined.inexact_since), default=0)
-        self.exactness.heard(reported)
-        formation = self.exactness.formed(decision, reported, stages(reports))
+        numbers = stages([joined.report for _, joined in sorted(self._joins.items())])
+        carried = {rank: joined.inexact_since for rank, joined in self._joins.items()}
+        formation = self.exactness.formed(decision, carried, numbers)
         if self._recovery is not None:
             self._recovery.formed_ns = now_ns
             self._recovery.resume_step = decision.step
@@ -370,6 +369,7 @@ class Membership:
     def _recovered(self, recovery: Recovery, step: int, committed_ns: int) -> list[Action]:
         self._recovery = None
         self.recoveries += 1
+        self.exactness.recovered(recovery.inexact)
         event, line = recovery.ended(self.generation, step, committed_ns)
         return [Record(event), Announce(line)]
 
