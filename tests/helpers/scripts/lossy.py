@@ -1,12 +1,13 @@
 """A small pipeline whose stages are lost; and, in one plain process, what is then expected of it.
 
-    lossy.py [--model blocks|edges] [--steps N] [--out DIR] [--split 1,1,1,1] [--cut RANK:STEP]
+    lossy.py [--model blocks|edges] [--steps N] [--out DIR] [--split 1,1,1,1] [--cut RANK:STEP] [--swapped]
     lossy.py --plain '[{"step": 5, "stage": 2, "how": "average"}, ...]' ...
 
 `--plain` trains all layers on one rank and does by hand, after the step, what the rung should have done to a stage:
 "average" or "copy" (with "of": stage), "depth" (with "from": two units), "older" (with "from": step). Written without
-anything of runtime/recovery: that is what it is compared with. `--cut`: that rank does not hear the end of that
-barrier. Out come the final state and, for each step, loss, learning rate, and bytes that this rank sent.
+anything of runtime/recovery: that is what it is compared with. With `--swapped` it runs the order of swapped stages,
+and no surgery touches the edges, which their partners keep. `--cut`: that rank does not hear the end of that barrier.
+Out come the final state and, for each step, loss, learning rate, and bytes that this rank sent.
 """
 
 from __future__ import annotations
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--plain", default="")
     parser.add_argument("--cut", default="")
+    parser.add_argument("--swapped", action="store_true")
     parser.add_argument("--exponent", type=float, default=1.0)
     arguments = parser.parse_args()
     split = [int(part) for part in arguments.split.split(",")]
@@ -193,15 +195,19 @@ def main() -> None:
         data=Pairs(edges),
         microbatch_size=2,
         microbatches=4,
-        stages=1 if plain else len(split),
+        stages=1 if plain and not arguments.swapped else len(split),
         replicas=arguments.replicas,
-        split=None if plain else split,
+        split=None if plain and not arguments.swapped else split,
+        swap=plain and arguments.swapped,
         neighbours=NeighbourOptions(exponent=arguments.exponent),
     )
     rank, at = (int(part) for part in (arguments.cut or "-1:0").split(":"))
     if rank == trainer.rank and os.environ.get("HOLDFAST_INCARNATION") == "0":
         cut(trainer, at)
-    surgeon = Plain(trainer, json.loads(arguments.plain), cuts(split)) if plain else None
+    stages = cuts(split)
+    if arguments.swapped and edges:
+        stages = [[unit for unit in stage if unit not in (0, sum(split) - 1)] for stage in stages]
+    surgeon = Plain(trainer, json.loads(arguments.plain), stages) if plain else None
     told = []
     for step in trainer.steps(until=arguments.steps):
         sent.append(0)
