@@ -6,28 +6,35 @@
 
 Stages are swapped if the script says so (`swap`), or to recover by --recovery neighbours+, then with shadows. Which
 layers are blocks must be known before ranks talk, for all layers and not only the hosted ones: a function that makes a
-layer is called once on torch's meta device, where tensors have shapes and no memory. That ranks have come to the same
-plan is seen from its digest when they join. Not here: what a plan is for (engine.py), how it is made (pipeline/).
+layer is called once for its shapes, with initial values left out. (torch's meta device would do, but loads its compiler
+for an arange: 820 modules, seconds in every replacement.) That ranks have come to the same plan is seen from its digest
+when they join. Not here: what a plan is for (engine.py), how it is made (pipeline/).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from holdfast.proto.errors import ConfigError
 from holdfast.proto.plan import Plan
 
-from . import rng
 from .config import TrainerConfig
 from .pipeline.blocks import longest_run
 from .pipeline.planner import choose_grid, grid_plan
 from .pipeline.swap import alone, swap_costs, swap_split, swapped_plan
 from .recovery.ladder import Mode
-from .state import LayerSpec, kind_of
+from .state import LayerSpec, build_unit, kind_of
+
+RANDOM_FILLS: Final = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +109,19 @@ class Layout:
 def kinds_of(layers: Sequence[LayerSpec]) -> list[str]:
     """The kind of every layer, hosted here or not; a function is called once for all its places in the list."""
     known: dict[int, str] = {}
-    for unit, layer in enumerate(layers):
-        if id(layer) not in known:
-            known[id(layer)] = kind_of(layer if isinstance(layer, nn.Module) else _outline(layer, unit))
+    with _Unfilled():
+        for unit, layer in enumerate(layers):
+            if id(layer) not in known:
+                given = isinstance(layer, nn.Module)
+                known[id(layer)] = kind_of(layer if given else build_unit(layer, unit, 0, torch.device("cpu")))
     return [known[id(layer)] for layer in layers]
 
 
-def _outline(layer: LayerSpec, unit: int) -> nn.Module:
-    with rng.seeded(torch.device("cpu"), 0), torch.device("meta"):
-        try:
-            module = layer()
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ConfigError(
-                f"swapped stages: the shapes of layer {unit} cannot be told: its function does not run on torch's meta "
-                f"device ({type(error).__name__}: {' '.join(str(error).split())}); give the layer as a module"
-            ) from None
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"layer {unit} is neither a module nor a function that returns one", got=type(module))
-    return module
+class _Unfilled(TorchFunctionMode):
+    """Leaves out initial values: memory that nobody writes to is none, and drawing them is most of a layer's making."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in RANDOM_FILLS or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
