@@ -112,8 +112,9 @@ def kinds_of(layers: Sequence[LayerSpec]) -> list[str]:
     with _Unfilled():
         for unit, layer in enumerate(layers):
             if id(layer) not in known:
-                given = isinstance(layer, nn.Module)
-                known[id(layer)] = kind_of(layer if given else build_unit(layer, unit, 0, torch.device("cpu")))
+                # A module stays where it is.
+                made = layer if isinstance(layer, nn.Module) else build_unit(layer, unit, 0, torch.device("cpu"))
+                known[id(layer)] = kind_of(made)
     return [known[id(layer)] for layer in layers]
 
 
