@@ -9,6 +9,7 @@ What is faked: processes, sockets, and who tells whom that somebody died.
 
 from __future__ import annotations
 
+import copy
 import mmap
 import threading
 from collections import defaultdict, deque
@@ -151,7 +152,8 @@ class Crew:
 
     def _engine(self, rank: int, incarnation: int) -> Engine:
         identity = replace(self.identity, rank=rank, incarnation=incarnation)
-        engine = Engine(TrainerConfig(**self.arguments), FakeSession(identity))  # type: ignore[arg-type]
+        own = {name: copy.deepcopy(self.arguments[name]) for name in ("data", "state") if name in self.arguments}
+        engine = Engine(TrainerConfig(**{**self.arguments, **own}), FakeSession(identity))  # type: ignore[arg-type]
         gather = engine._gather
 
         def heard(*told: Any) -> Any:

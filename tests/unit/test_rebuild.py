@@ -4,6 +4,7 @@ layers, by hand, what the rung should have done."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,66 @@ def test_ranks_cut_off_at_the_barrier_apply_the_step_with_the_bits_of_an_unbroke
     assert_equal(crew, by_hand([1] * 4, 6, []))
     assert [engine.forward.since for engine in crew.engines] == [0] * 4
     assert len({engine.born for engine in crew.engines}) == 1
+
+
+class Counted(nn.Module):
+    """Batch statistics change in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(DIM)
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.linear(self.norm(h))
+
+
+class Stream:
+    """Microbatches in order, whose place is state."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            self.place += 1
+            generator = torch.Generator().manual_seed(self.place)
+            yield torch.randn(2, DIM, generator=generator), torch.randn(2, DIM, generator=generator)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def test_buffers_data_position_and_loss_scale_are_rolled_forward_too() -> None:
+    given = {**arguments([1] * 4), "layers": [Counted for _ in range(4)], "data": Stream(), "loss_scale": "dynamic"}
+    crew, whole = Crew(4, "neighbours", **given), Crew(4, "neighbours", **given)
+    crew.deaf = {0: 3, 2: 3}
+    crew.train(9)
+    crew.recover()
+    for one in (crew, whole):
+        one.train(6)
+    assert_equal(crew, whole)
+    assert [e.source.state() for e in crew.engines] == [e.source.state() for e in whole.engines]
+    assert [e.scaler.state_dict() for e in crew.engines] == [e.scaler.state_dict() for e in whole.engines]
+
+
+def test_a_replacement_goes_on_with_the_data_and_statistics_of_the_present() -> None:
+    given = {**arguments([1] * 4), "layers": [Counted for _ in range(4)], "data": Stream()}
+    crew = Crew(4, "neighbours", **given)
+    lose(crew, "rank=2,step=4,at=forward:0")
+    left, mine, right = (crew.engines[rank].state.modules[rank].norm for rank in (1, 2, 3))
+    assert torch.equal(mine.num_batches_tracked, left.num_batches_tracked)
+    low, high = (
+        torch.minimum(left.running_mean, right.running_mean),
+        torch.maximum(left.running_mean, right.running_mean),
+    )
+    assert bool(((low <= mine.running_mean) & (mine.running_mean <= high)).all())
+    assert len({str(engine.source.state()) for engine in crew.engines}) == 1
+    crew.train(6)
+    assert len({str(engine.source.state()) for engine in crew.engines}) == 1
 
 
 def test_a_rank_cut_off_and_a_stage_lost_in_the_same_step() -> None:
