@@ -96,9 +96,8 @@ class Control(control_pb2_grpc.ControlServicer):
         queue: asyncio.Queue[Any] = asyncio.Queue()
         self._ranks[hello.rank] = queue
         queue.put_nowait(pb.RankOrder(generation=job.generation, welcome=pb.Welcome()))
-        who = (hello.rank, hello.incarnation, hello.pid, hello.host)
-        where = (first.generation, hello.live_step, hello.inexact_since)
-        self._do(job.on_rank_hello(time.monotonic_ns(), *who, *where))
+        who = (hello.rank, hello.incarnation, hello.pid, hello.host, first.generation)
+        self._do(job.on_rank_hello(time.monotonic_ns(), *who, hello.live_step, hello.inexact_since))
         handle = partial(self._on_rank_message, hello.rank, hello.incarnation)
         reader = asyncio.create_task(self._read(request_iterator, handle, queue))
         try:
@@ -135,9 +134,10 @@ class Control(control_pb2_grpc.ControlServicer):
                 body = message.store_set
                 return job.on_store_set(rank, generation, body.key, body.value, body.gather)
             case "restored":
-                sources = [(s.rung, int(s.bytes), int(s.pieces)) for s in message.restored.sources]
-                restored_ns = now_ns if foreign else int(message.restored.restored_ns)
-                return job.on_restored(rank, generation, restored_ns, sources, message.restored.note)
+                body = message.restored
+                sources = [(s.rung, int(s.bytes), int(s.pieces)) for s in body.sources]
+                restored_ns = now_ns if foreign else int(body.restored_ns)
+                return job.on_restored(rank, generation, restored_ns, sources, body.note, int(body.inexact_since))
             case "committed":
                 body = message.committed
                 committed_ns = now_ns if foreign else int(body.committed_ns)

@@ -29,6 +29,7 @@ from .actions import Action, Adopt, Announce, Probe, Record, StepDown, StopJob, 
 from .hosts import Host, HostBook, Roster, assign, has_quorum
 from .membership import Membership
 from .slots import Joined
+from .verdict import choose
 
 PLACEMENTS_KEPT: Final = 4
 REBUILDS_TRIED: Final = 8
@@ -220,7 +221,7 @@ class Job(Membership):
     # ---- generations ----------------------------------------------------------------------------------
 
     def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
-        decision = self._choose(joins, self._reachable(joins))
+        decision = choose(joins, self._reachable(joins))
         if isinstance(decision, Impossible):
             return decision
         rebuilt = tuple(rank for rank, source in sorted(decision.sources.items()) if source.rung == "parity")

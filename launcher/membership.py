@@ -21,13 +21,14 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 
 from holdfast.proto.ids import NO_STEP
-from holdfast.runtime.recovery.decide import Impossible, Reachable, Resume, Source
-from holdfast.runtime.recovery.ladder import decide, stages
+from holdfast.runtime.recovery.decide import Impossible, Resume, Source
+from holdfast.runtime.recovery.ladder import stages
 
 from .actions import Action, Announce, Fence, Form, JobDone, Record, StopJob, StoreAll
 from .exactness import WHAT_HELPS, Exactness
 from .recovery import Recovery
-from .slots import Joined, Slot, mismatch
+from .slots import Joined, Slot
+from .verdict import choose, mismatch, why_not
 
 SUSPECT_GRACE_NS = 500_000_000
 """How long a broken connection without a known death waits for the agent to name the dead."""
@@ -154,12 +155,12 @@ class Membership:
         live_step: int,
         since: int = 0,
     ) -> list[Action]:
-        """A rank opened its session, perhaps again, with another coordinator. `since`: its first step not exact."""
+        """A rank opened its session, perhaps again (this coordinator was restarted); `since`: as for on_restored."""
+        self.exactness.heard(since)
         slot = self.slots[rank]
         if incarnation < slot.incarnation:
             return []  # a fenced process that does not know it yet
         del host
-        self.exactness.heard(since)
         slot.connected = slot.alive = True
         slot.pid = pid  # where it runs its agent says, whose number may be newer than the rank's
         newer = incarnation > slot.incarnation
@@ -203,9 +204,19 @@ class Membership:
         return [StoreAll(generation, values, ranks)]
 
     def on_restored(
-        self, rank: int, generation: int, restored_ns: int, sources: Iterable[tuple[str, int, int]], note: str = ""
+        self,
+        rank: int,
+        generation: int,
+        restored_ns: int,
+        sources: Iterable[tuple[str, int, int]],
+        note: str = "",
+        since: int = 0,
     ) -> list[Action]:
-        """A member's state is the resume step's; `sources` are (rung, bytes, pieces). `note`: how, if not exactly."""
+        """A member's state is the resume step's; `sources` are (rung, bytes, pieces).
+
+        `note`: how, if it is not exact; `since`: the first step that was not.
+        """
+        self.exactness.heard(since)
         recovery = self._recovery
         if generation != self.generation or recovery is None:
             return []
@@ -302,13 +313,8 @@ class Membership:
         decision = self._decide(self._joins)
         if isinstance(decision, Impossible):
             return [StopJob(1, self._why_lost(decision))]
-        if decision.fresh and (self.step > 0 or any(joined.incarnation for joined in self._joins.values())):
-            reached = max(self.step, 0)
-            return [StopJob(1, f"no rank has any state left, and step {reached} was reached: nothing to resume from")]
-        until = max(joined.until for joined in self._joins.values())
-        if finished and decision.step != until:
-            gone = ", ".join(map(str, sorted(finished)))
-            return [StopJob(1, f"ranks {gone} left before step {until}; the state left is of step {decision.step}")]
+        if refused := why_not(decision, self._joins, finished, self.step):
+            return [StopJob(1, refused)]
         ranks = tuple(sorted(self._joins))
         self.state = State.RUNNING
         self.members = {rank: self._joins[rank].incarnation for rank in ranks}
@@ -343,13 +349,7 @@ class Membership:
 
     def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
         """The step to resume from, and everybody's source."""
-        return self._choose(joins, {})
-
-    @staticmethod
-    def _choose(joins: Mapping[int, Joined], reachable: Reachable) -> Resume | Impossible:
-        """The same with what other hosts hold; as the ranks were started to recover."""
-        mode = next(iter(joins.values())).recovery
-        return decide(mode, [joins[rank].report for rank in sorted(joins)], reachable)
+        return choose(joins, {})
 
     def _why_lost(self, decision: Impossible) -> str:
         """One line for a job that has nothing to resume from."""

@@ -41,16 +41,3 @@ class Joined:
     """How the job makes up for lost state: a mode of runtime/recovery/ladder.py."""
     inexact_since: int = 0
     """First step of its state that was not exact; 0: all were."""
-
-
-_SAME = (("way to recover", "recovery"), ("plan", "plan"), ("numerics", "compute"), ("last step", "until"))
-
-
-def mismatch(joins: Mapping[int, Joined]) -> str:
-    """Why these processes cannot train together, or ''."""
-    for what, field_name in _SAME:
-        values = {rank: getattr(joined, field_name) for rank, joined in sorted(joins.items())}
-        if len(set(values.values())) > 1:
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
-            return f"the ranks disagree on the {what} ({listed}); all must run the same script, arguments and build"
-    return ""

@@ -177,7 +177,7 @@ class Member:
         `since`: the first step that was not."""
         self._inexact_since = since
         listed = [pb.Source(rung=rung, bytes=size, pieces=pieces) for rung, size, pieces in sources]
-        body = pb.Restored(step=step, restored_ns=time.monotonic_ns(), sources=listed, note=note)
+        body = pb.Restored(step=step, restored_ns=time.monotonic_ns(), sources=listed, note=note, inexact_since=since)
         self._outbox.put(pb.RankMessage(generation=generation, restored=body))
 
     def committed(

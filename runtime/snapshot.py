@@ -312,8 +312,8 @@ class Snapshots:
             if engine.step != step:
                 raise SnapshotIncomplete("the live state is of another step", step=step, live=engine.step)
             sources.append((rung, 0, 0))
-        elif rung in ("peer", "disk"):
-            return []  # state comes over the group, or from a checkpoint: see recovery/peer.py, recovery/disk.py
+        elif rung in ("peer", "disk", "neighbours"):
+            return []  # state comes over the group, or from a checkpoint: see recovery/{peer,rebuild,disk}.py
         else:
             kept = source.step if rung == "stale" else step
             if rung in ("parity", "stale"):

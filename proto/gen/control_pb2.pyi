@@ -116,16 +116,18 @@ class StoreSet(_message.Message):
     def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ..., gather: _Optional[bool] = ...) -> None: ...
 
 class Restored(_message.Message):
-    __slots__ = ("step", "restored_ns", "sources", "note")
+    __slots__ = ("step", "restored_ns", "sources", "note", "inexact_since")
     STEP_FIELD_NUMBER: _ClassVar[int]
     RESTORED_NS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_SINCE_FIELD_NUMBER: _ClassVar[int]
     step: int
     restored_ns: int
     sources: _containers.RepeatedCompositeFieldContainer[Source]
     note: str
-    def __init__(self, step: _Optional[int] = ..., restored_ns: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., note: _Optional[str] = ...) -> None: ...
+    inexact_since: int
+    def __init__(self, step: _Optional[int] = ..., restored_ns: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., note: _Optional[str] = ..., inexact_since: _Optional[int] = ...) -> None: ...
 
 class Source(_message.Message):
     __slots__ = ("rung", "bytes", "pieces")

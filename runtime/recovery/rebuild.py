@@ -64,7 +64,7 @@ def restore_state(engine: Engine, group: Group | None, formed: Formed, lease: Le
             engine.roll_forward(told, born)
     forward.pending = None  # what others have not applied is done again
     lease.renew(Phase.RECOVERING)
-    sources = [] if mine.rung in INEXACT else engine.snapshots.restore(formed) + engine.checkpoints.restore(formed)
+    sources = [] if mine.rung == "stale" else engine.snapshots.restore(formed) + engine.checkpoints.restore(formed)
     if group is None:
         return Restored(sources)
     lease.renew(Phase.WAITING)

@@ -141,7 +141,7 @@ def compose(engine: Engine, old: Old, read: Callable[[str, str], torch.Tensor]) 
     }
     meta.pop("groups", None)
     meta.pop("scheduler", None)
-    meta["lossy"] = _lossy(old)
+    meta["lossy"] = _lossy(old, engine.plan.hosted(engine.rank))
     if engine.state.optimizer is not None:
         pairs = _pairs(engine, old)
         meta["groups"] = [old.slots[slot]["groups"][index] for slot, index in pairs]
@@ -154,11 +154,12 @@ def compose(engine: Engine, old: Old, read: Callable[[str, str], torch.Tensor]) 
     return resolved
 
 
-def _lossy(old: Old) -> dict[str, Any]:
-    """What of the old run was not exact (forward.py): of the whole model, as layers may lie on other ranks now."""
+def _lossy(old: Old, hosted: Sequence[int]) -> dict[str, Any]:
+    """What of the old run was not exact (forward.py), and which of the units hosted now were rebuilt in it."""
     found = [meta["lossy"] for meta in old.slots.values() if "lossy" in meta]
     since = min((lossy["since"] for lossy in found if lossy["since"]), default=0)
-    return {"since": since, "rebuilt": {unit: step for lossy in found for unit, step in lossy["rebuilt"].items()}}
+    rebuilt = {unit: step for lossy in found for unit, step in lossy["rebuilt"].items() if int(unit) in hosted}
+    return {"since": since, "rebuilt": rebuilt}
 
 
 def _scalars(old: Old, name: str) -> Any:

@@ -7,7 +7,7 @@
 "average" or "copy" (with "of": stage), "depth" (with "from": two units), "older" (with "from": step). Written without
 anything of runtime/recovery: that is what it is compared with. With `--swapped` it runs the order of swapped stages,
 and no surgery touches the edges, which their partners keep. `--cut`: that rank does not hear the end of that barrier.
-Out come the final state and, for each step, loss, learning rate, and bytes that this rank sent.
+Out come the final state, and what the script was told of each step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch import nn
 
 from holdfast.proto.errors import PeerLost
 from holdfast.runtime import NeighbourOptions, Trainer
-from holdfast.runtime.comm.group import Group
 
 DIM, WORDS = 8, 16
 FACTOR, FLOOR = 1.1, 1e-4
@@ -132,24 +131,10 @@ class Plain:
         return [((v * a + w * b) / (a + b), {}) for (v, _), (w, _) in zip(first, second, strict=True)]
 
     def weight(self, units: list[int]) -> float:
-        """Norm of the last gradient of these layers. Four microbatches: scaling by 1/4 rounds nothing."""
-        squares = [sum(self.optimizer.norms[id(p)] ** 2 for p in self.modules[u].parameters()) for u in units]
+        """Norm of the last gradient of these blocks, without edges. Four microbatches: scaling rounds nothing."""
+        blocks = [self.modules[unit] for unit in units if isinstance(self.modules[unit], Block)]
+        squares = [sum(self.optimizer.norms[id(p)] ** 2 for p in block.parameters()) for block in blocks]
         return float(sum(squares) ** 0.5) + FLOOR
-
-
-def count_bytes(sent: list[int]) -> None:
-    """Add to sent[-1] what this rank sends, whatever it is."""
-    isend, allgather = Group.isend, Group.allgather
-
-    def counted_isend(self: Group, tensor: torch.Tensor, dst: int, tag: int) -> Any:
-        sent[-1] += tensor.numel() * tensor.element_size()
-        return isend(self, tensor, dst, tag)
-
-    def counted_allgather(self: Group, vector: torch.Tensor) -> Any:
-        sent[-1] += vector.numel() * vector.element_size()
-        return allgather(self, vector)
-
-    Group.isend, Group.allgather = counted_isend, counted_allgather  # type: ignore[method-assign]
 
 
 def cut(trainer: Trainer, step: int) -> None:
@@ -185,8 +170,6 @@ def main() -> None:
     if edges:
         layers = [lambda: nn.Embedding(WORDS, DIM), *layers, lambda: nn.Linear(DIM, DIM, bias=False)]
     plain = bool(arguments.plain)
-    sent = [0]
-    count_bytes(sent)
     trainer = Trainer(
         layers=layers,
         loss=nn.functional.mse_loss,
@@ -210,11 +193,8 @@ def main() -> None:
     surgeon = Plain(trainer, json.loads(arguments.plain), stages) if plain else None
     told = []
     for step in trainer.steps(until=arguments.steps):
-        sent.append(0)
         result = step.run()
-        told.append(
-            {"step": result.step, "loss": result.loss, "lr": result.lr, "recovered": result.recovered, "sent": sent[-1]}
-        )
+        told.append({"step": result.step, "loss": result.loss, "lr": result.lr, "recovered": result.recovered})
         if surgeon is not None:
             surgeon.after(result.step)
     if arguments.out:
