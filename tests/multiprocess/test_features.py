@@ -135,15 +135,13 @@ def test_swapped_stages_and_their_shadows_end_as_one_process_in_the_same_order_d
     """
     faults = [
         "rank=1,step=2,at=backward:1,kind=kill",
-        "rank=0,step=4,at=applied,kind=kill",
-        "rank=2,step=6,at=forward:3,kind=kill",
-        "rank=3,step=7,at=exchange,kind=kill",
+        "rank=3,step=4,at=applied,kind=kill",
     ]
-    run = check(tmp_path, 4, "swapped", faults, steps=8)
+    run = check(tmp_path, 4, "swapped", faults, steps=6)
     held = run.state_by_rank()
     for rank, name in ((0, "0.weight"), (1, "0.weight@exp_avg_sq"), (2, "6.words@exp_avg"), (3, "6.seen")):
         assert f"rank-{rank}.safetensors {name}" in held
-    assert run.state()["6.seen"] == 8 * 6
+    assert run.state()["6.seen"] == 6 * 6
     assert not torch.equal(run.state()["0.weight@exp_avg"], torch.zeros(16, 8))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,11 +13,8 @@ sys.path.insert(0, str(HELPERS))
 
 from jobs import job, reference  # noqa: E402
 
-from holdfast.runtime.gather import KEPT  # noqa: E402
-from holdfast.runtime.pipeline.swap import swapped_plan  # noqa: E402
-
 SCRIPT = HELPERS / "scripts" / "lossy.py"
-STAGES, MICROBATCHES = 6, 4
+STAGES = 6
 
 
 def kill(rank: int, step: int, at: str) -> str:
@@ -61,22 +57,3 @@ def test_ends_and_their_partners_are_lost_and_the_edges_are_as_if_nothing_had_ha
     held = ended.state_by_rank()
     assert all(f"rank-{rank}.safetensors 0.weight@exp_avg" in held for rank in (0, 1))
     assert all(f"rank-{rank}.safetensors 7.weight@exp_avg" in held for rank in (4, 5))
-    for rank in range(STAGES):
-        told = ended.told(rank)
-        healthy = {b["sent"] for a, b in pairwise(told) if not (a["recovered"] or b["recovered"])}
-        assert healthy <= {bytes_of_a_step(rank)}, f"rank {rank}"
-        assert healthy or rank in (0, 5)
-
-
-def bytes_of_a_step(rank: int) -> int:
-    """What `rank` sends in a healthy step: activations and their gradients, the barrier, and an edge's gradient."""
-    plan = swapped_plan(
-        units=8, blocks=range(1, 7), stages=STAGES, replicas=1, microbatches=MICROBATCHES, split=[2, 1, 1, 1, 1, 2]
-    )
-    crossings = sum(
-        (a.rank == rank) + (b.rank == rank) for path in plan.paths for a, b in pairwise(path.hops) if a.rank != b.rank
-    )
-    activation = 2 * 4 * 8 * 4  # sequences, words, width, bytes of a float32
-    barrier = (KEPT + 3 * MICROBATCHES + 5) * 8  # up to five parameters a rank
-    edge = {0: 16 * 8 * 4 + 1, 5: 8 * 8 * 4 + 1}  # one gradient and one flag
-    return crossings * activation + barrier + edge.get(rank, 0)
