@@ -1,7 +1,9 @@
 """Two orders of the same ranks, woven into one schedule that is about as short as one order's. Pure.
 
-    way a  0 1 2 3 ─ microbatches 0 2 4 ..     rank 0  F0 F1 B1.... B0.... F2 F3 ..    each rank is full: what
-    way b  1 0 3 2 ─ microbatches 1 3 5 ..     rank 1  F1 F0 ...
+    way a  0 1 2 3   microbatches 0 2 4 ..     rank 0  Fa Fb Bb··· Ba···       one turn of two microbatches, over
+    way b  1 0 3 2   microbatches 1 3 5 ..     rank 1  Fb Fa Ba··· Bb···       and over: no rank ever waits
+                                               rank 2  Ba··· Fa Fb Bb···
+                                               rank 3  Bb··· Fb Fa Ba···
 
 List scheduling decides one action at a time and leaves holes where the ways meet in opposite directions (measured: a
 third of a step). Here whole microbatches are placed, on a grid on which a forward takes 1 and a backward 2, as in

@@ -255,3 +255,12 @@ class Crew:
                 name = f"{entry.name}@{entry.state}"
                 assert torch.equal(whole.setdefault(name, entry.tensor), entry.tensor), f"replicas differ in {name}"
         return whole
+
+
+def assert_equal(crew: Crew, plain: Crew) -> None:
+    """The same names, bits and losses."""
+    found, expected = crew.state(), plain.state()
+    assert found.keys() == expected.keys()
+    different = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert different == [], f"{len(different)} of {len(found)}"
+    assert crew.losses == plain.losses

@@ -15,7 +15,7 @@ from torch import nn
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 sys.path[:0] = [str(HELPERS), str(HELPERS / "scripts")]
 
-from crew import Crew  # noqa: E402
+from crew import Crew, assert_equal  # noqa: E402
 from lossy import DIM, WORDS, Block, Pairs, Plain, Stepped, cuts  # noqa: E402
 
 from holdfast.runtime.recovery.decide import Impossible, Resume  # noqa: E402
@@ -51,14 +51,6 @@ def by_hand(split: list[int], until: int, surgery: list[dict[str, Any]], *, edge
         alone.train(step)
         surgeon.after(step)
     return alone
-
-
-def assert_equal(crew: Crew, plain: Crew) -> None:
-    found, expected = crew.state(), plain.state()
-    assert found.keys() == expected.keys()
-    different = [name for name in found if not torch.equal(found[name], expected[name])]
-    assert different == [], f"{len(different)} of {len(found)}"
-    assert crew.losses == plain.losses
 
 
 def lose(crew: Crew, *faults: str, until: int = 99) -> Resume:
