@@ -34,6 +34,7 @@ class TrainerConfig:
     split: Sequence[int] | None = None
     swap: bool = False
     shadows: bool = False
+    blocks: tuple[int, int] | None = None
     interleave: int = 1
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     clip_norm: float | None = None

@@ -63,7 +63,7 @@ class Layout:
         single = world_size == 1 and not plus
         ranks = (config.stages or 1) * (config.replicas or 1) if single else world_size
         stages, replicas = choose_grid(ranks, config.stages, config.replicas)
-        blocks = longest_run(kinds_of(layers))
+        blocks = longest_run(kinds_of(layers)) if config.blocks is None else _given(config.blocks, len(layers))
         return Layout(config, len(layers), stages, replicas, True, config.shadows or plus, single, blocks)
 
     def training(self) -> Plan:
@@ -104,6 +104,15 @@ class Layout:
             schedule=self.config.schedule,
             split=split,
         )
+
+
+def _given(blocks: tuple[int, int], units: int) -> tuple[int, ...]:
+    first, last = blocks
+    if not 0 <= first < last < units:
+        raise ConfigError(
+            f"blocks are the first and the last layer of one kind, got {first} and {last} of {units} layers"
+        )
+    return tuple(range(first, last + 1))
 
 
 def kinds_of(layers: Sequence[LayerSpec]) -> list[str]:

@@ -85,9 +85,9 @@ class Trainer:
       stages, replicas: the grid; rank = replica * stages + stage. Default: one pipeline over all ranks.
       split: layers per stage; interleave: chunks per rank; schedule: "1f1b" or "gpipe".
       swap: every other microbatch visits the first two and the last two of at least 4 stages in reverse, as `holdfast
-        run --recovery neighbours+` asks for (each function is then called once more on every rank, for its shapes);
-        shadows: the layers before and after those of one kind are kept by a second stage too. On one rank, `swap` with
-        `stages` gives the order of so many stages, to compare with.
+        run --recovery neighbours+` asks for. Each function is then called once more on every rank, for its shapes,
+        unless `blocks` tells the first and the last layer of those that are of one kind. shadows: what is before and
+        after these is kept by a second stage too. On one rank `swap` with `stages` gives the order of so many stages.
       snapshot_every: keep the state of every so many steps in memory (1); a failure redoes what is since.
       clip_norm: global gradient norm; autocast: torch.bfloat16 or torch.float16; loss_scale: number or "dynamic";
       skip_nonfinite: leave out updates with infinite or NaN gradients; checkpoint_activations: recompute.

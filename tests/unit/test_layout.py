@@ -67,9 +67,19 @@ def test_a_split_is_the_users() -> None:
     assert layout.validation(4).hosted(1) == (2, 3, 4)
 
 
+def test_blocks_that_are_given_are_not_looked_for() -> None:
+    def dear() -> nn.Module:
+        raise AssertionError("called")
+
+    layout = Layout.of(config(swap=True, blocks=(1, 8)), [dear] * 10, 4, "exact")
+    assert layout.training() == swapped_plan(**SWAPPED)
+
+
 @pytest.mark.parametrize(
     ("wrong", "world_size", "sentence"),
     [
+        ({"swap": True, "blocks": (3, 10)}, 4, "got 3 and 10 of 10 layers"),
+        ({"swap": True, "blocks": (3, 3)}, 4, "got 3 and 3 of 10 layers"),
         ({"swap": True, "interleave": 2}, 4, "swapped stages and interleave are two ways to visit the stages"),
         ({"shadows": True}, 4, "use swap=True with them"),
         ({"swap": True}, 3, "4 stages are needed"),
