@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from holdfast.launcher.exactness import Exactness
 from holdfast.proto.errors import PeerLost
 from holdfast.proto.faults import parse_faults
 from holdfast.proto.ids import NO_STEP
@@ -28,7 +29,7 @@ from holdfast.runtime.engine import Engine
 from holdfast.runtime.joining import Formed, Identity
 from holdfast.runtime.lease import Lease
 from holdfast.runtime.recovery.decide import Impossible, Report, Resume
-from holdfast.runtime.recovery.ladder import Mode, decide
+from holdfast.runtime.recovery.ladder import Mode, decide, stages
 from holdfast.runtime.recovery.rebuild import Restored, restore_state
 
 WAIT_S = 60.0
@@ -148,6 +149,7 @@ class Crew:
         self.deaf: dict[int, int] = {}
         """Rank -> step whose barrier it does not hear the end of."""
         self.losses: dict[int, float] = {}
+        self.exactness = Exactness()
         self._form(Formed(1, 0, True, False, {}), lambda rank: None)
 
     def _engine(self, rank: int, incarnation: int) -> Engine:
@@ -225,10 +227,14 @@ class Crew:
         for rank in self.dead:
             self.engines[rank] = self._engine(rank, 1)
         self.dead = set()
-        decision = decide(self.mode, [self._report(engine) for engine in self.engines])
+        reports = [self._report(engine) for engine in self.engines]
+        decision = decide(self.mode, reports)
         if isinstance(decision, Impossible):
             return decision
-        formed = Formed(self.generation + 1, decision.step, decision.fresh, False, dict(decision.sources))
+        carried = {engine.rank: engine.forward.since for engine in self.engines}
+        self.formation = self.exactness.formed(decision, carried, stages(reports))
+        told = (self.formation.told, self.formation.since)
+        formed = Formed(self.generation + 1, decision.step, decision.fresh, False, dict(decision.sources), 0, *told)
         self.restored: dict[int, Restored] = {}
         for engine in self.engines:
             engine.injector.faults = list(parse_faults(";".join(faults)))  # type: ignore[assignment]

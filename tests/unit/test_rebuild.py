@@ -263,10 +263,11 @@ def test_a_healthy_step_sends_not_a_byte_more_than_one_of_an_exact_job() -> None
     assert min(sent[0]) > 0
 
 
-def test_who_was_rebuilt_is_said_by_everybody_and_how_by_itself() -> None:
+def test_a_rebuilt_rank_says_how_and_all_carry_since_when_the_run_is_not_exact() -> None:
     crew = Crew(4, "neighbours", **arguments([1] * 4))
     lose(crew, "rank=2,step=3,at=forward:0")
-    assert {restored.announced for restored in crew.restored.values()} == {"stage 2 rebuilt from its neighbours"}
+    assert crew.formation.told == "stage 2 rebuilt from its neighbours"
+    assert {engine.forward.since for engine in crew.engines} == {3}
     assert [restored.note[:34] for _, restored in sorted(crew.restored.items())] == [
         "", "", "stage 2 is rebuilt: averaged from ", "",
     ]  # fmt: skip
