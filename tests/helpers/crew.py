@@ -1,10 +1,10 @@
-"""All ranks of a job as engines in one process, one thread each, with deaths at scripted points. No snapshots.
+"""All ranks of a job as engines in one process, one thread each, with deaths at scripted points. No agent.
 
     crew = Crew(4, "neighbours", layers=...)     engines over a Post: it carries their messages, and breaks when one
     crew.train(9, ["rank=2,step=5,at=forward"])  dies; until all are there, or all others have stopped
     crew.recover()                               what the coordinator decides and the ranks then do: all the real code
 
-What is faked: processes, sockets, and who tells whom that somebody died.
+What is faked: processes, sockets, who tells whom that somebody died, and snapshots (copies in a dict, every so often).
 """
 
 from __future__ import annotations
@@ -141,8 +141,11 @@ class FakeSession:
 class Crew:
     """See the module's docstring."""
 
-    def __init__(self, ranks: int, mode: Mode, **arguments: Any) -> None:
+    def __init__(self, ranks: int, mode: Mode, *, keep_every: int = 0, **arguments: Any) -> None:
         self.arguments, self.mode, self.generation = arguments, mode, 0
+        self.keep_every = keep_every
+        self.kept: dict[int, dict[int, Any]] = {rank: {} for rank in range(ranks)}
+        """Rank -> step -> its state then."""
         self.identity = Identity(0, 0, ranks, 0, "", "", "", "", "", "", snapshots=False, recovery=mode)
         self.engines = [self._engine(rank, 0) for rank in range(ranks)]
         self.dead: set[int] = set()
@@ -167,7 +170,23 @@ class Crew:
             return gathered
 
         engine._gather = heard  # type: ignore[method-assign]
+        restore = engine.snapshots.restore
+
+        def from_memory(formed: Formed, over: Any = lambda own: own) -> list[tuple[str, int, int]]:
+            source = formed.sources[rank]
+            if source.rung not in ("stale", "snapshot"):
+                return restore(formed)
+            tensors, metadata = self.kept[rank][source.step if source.rung == "stale" else formed.resume_step]
+            engine.load(formed.resume_step, tensors, over(metadata))
+            return [(source.rung, 0, len(tensors))]
+
+        engine.snapshots.restore = from_memory  # type: ignore[method-assign]
         return engine
+
+    def _keep(self, engine: Engine) -> None:
+        if self.keep_every and engine.step % self.keep_every == 0:
+            tensors = {(entry.name, entry.state): entry.tensor.clone() for entry in engine.state.entries()}
+            self.kept[engine.rank][engine.step] = tensors, copy.deepcopy(engine.metadata())
 
     def _form(self, formed: Formed, restore: Callable[[int], Any]) -> None:
         self.generation += 1
@@ -214,11 +233,13 @@ class Crew:
         def steps(rank: int) -> None:
             engine = self.engines[rank]
             engine.injector.faults = list(parse_faults(";".join(faults)))  # type: ignore[assignment]
+            self._keep(engine)
             while engine.step < until:
                 engine.injector.at("user", engine.step + 1)
                 engine.train_step()
                 assert engine.report is not None
                 self.losses[engine.step] = engine.report.loss
+                self._keep(engine)
 
         self._together(steps)
 
@@ -249,9 +270,9 @@ class Crew:
     def _report(self, engine: Engine) -> Report:
         live, forward = engine.live_step, engine.forward
         live = live if engine._session.identity.incarnation == 0 or live else int(NO_STEP)
-        return Report(
-            engine.rank, live, engine.peers(), {}, frozenset(), forward.ready_step, forward.told_step, engine.kinds()
-        )
+        held = {engine.rank: frozenset(self.kept[engine.rank])}
+        steps = (forward.ready_step, forward.told_step)
+        return Report(engine.rank, live, engine.peers(), held, frozenset(), *steps, engine.kinds())
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything of all ranks by name; replicas must be equal."""
