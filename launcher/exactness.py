@@ -22,6 +22,30 @@ WHAT_HELPS: Final = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Lossy:
+    """One rank whose state is not exact: in words, and for the record."""
+
+    told: str
+    facts: Mapping[str, object]
+    """Rung, stage; for a stale one the step it went back to, and how many steps that is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Formation:
+    """What is not exact about one generation."""
+
+    ranks: Mapping[int, Lossy] = field(default_factory=dict)
+    since: int = 0
+    """First step of the run that was not exact; 0: all were."""
+
+    @property
+    def told(self) -> str:
+        """In words; empty if nothing is new."""
+        ordered = sorted(self.ranks.values(), key=lambda lossy: str(lossy.facts["stage"]).zfill(6))
+        return "; ".join(dict.fromkeys(lossy.told for lossy in ordered))
+
+
 @dataclass(slots=True)
 class Exactness:
     """Of one job."""
@@ -38,24 +62,30 @@ class Exactness:
         if since:
             self.since = min(self.since or since, since)
 
-    def formed(self, decision: Resume, carried: Mapping[int, int], stages: Mapping[int, int]) -> Formation:
-        """A generation goes on like this; `carried`: what each rank's state, before it is restored, says of itself."""
-        told = announce(decision.sources, stages, decision.step)
-        kept = [carried[rank] for rank, source in decision.sources.items() if source.rung in ("live", "ready")]
+    def formed(
+        self, decision: Resume, carried: Mapping[int, int], stages: Mapping[int, int], before: Formation | None = None
+    ) -> Formation:
+        """A generation goes on like this.
+
+        `carried`: what each rank's state, before it is restored, says of itself; `before`: the generation that this
+        one follows in the same recovery. A rank that was rebuilt in that one is live now, and no more exact for it.
+        """
+        live = {rank for rank, source in decision.sources.items() if source.rung in ("live", "ready")}
+        kept = [carried[rank] for rank in live]
         if self.since > decision.step and not any(kept):
             self.since = 0  # everybody is back at a state from before
         for since in kept:
             self.heard(since)
-        if not told:
-            return Formation()
-        self.heard(decision.step + 1)
-        lossy = {
-            str(rank): {"rung": source.rung, "stage": stages[rank]}
-            | ({"step": source.step, "age": decision.step - source.step} if source.rung == "stale" else {})
-            for rank, source in sorted(decision.sources.items())
-            if source.rung in INEXACT
-        }
-        return Formation(told, lossy)
+        earlier = before.ranks if before is not None else {}
+        ranks = {rank: lossy for rank, lossy in earlier.items() if rank in live and carried[rank]}
+        for rank, source in decision.sources.items():
+            if source.rung in INEXACT:
+                told = announce({rank: source}, stages, decision.step)
+                aged = {"step": source.step, "age": decision.step - source.step} if source.rung == "stale" else {}
+                ranks[rank] = Lossy(told, {"rung": source.rung, "stage": stages[rank], **aged})
+        if ranks:
+            self.heard(decision.step + 1)
+        return Formation(dict(sorted(ranks.items())), self.since)
 
     def recovered(self, formation: Formation) -> None:
         """The first step after a recovery was committed; a generation that broke off before that does not count."""
@@ -78,12 +108,3 @@ class Exactness:
             return ""
         again = f"; {self.count} recoveries were not, the last: {self.last}" if self.count else ""
         return f"done, NOT exact since step {self.since}{again}"
-
-
-@dataclass(frozen=True, slots=True)
-class Formation:
-    """What is not exact about one generation; empty if nothing is."""
-
-    told: str = ""
-    ranks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """Rank -> rung, stage; for a stale one the step it went back to, and how many steps that is."""

@@ -26,7 +26,7 @@ from holdfast.runtime.recovery.ladder import stages
 
 from .actions import Action, Announce, Fence, Form, JobDone, Record, StopJob, StoreAll
 from .exactness import WHAT_HELPS, Exactness
-from .recovery import Recovery
+from .recovery import Recovery, formed_event
 from .slots import Joined, Slot
 from .verdict import choose, mismatch, why_not
 
@@ -324,27 +324,26 @@ class Membership:
         )
         numbers = stages([joined.report for _, joined in sorted(self._joins.items())])
         carried = {rank: joined.inexact_since for rank, joined in self._joins.items()}
-        formation = self.exactness.formed(decision, carried, numbers)
+        before = self._recovery.inexact if self._recovery is not None else None
+        formation = self.exactness.formed(decision, carried, numbers, before)
         if self._recovery is not None:
-            self._recovery.formed_ns = now_ns
-            self._recovery.resume_step = decision.step
-            self._recovery.inexact = formation
+            self._recovery.formed(now_ns, decision.step, formation)
         self.step = decision.step
-        formed: dict[str, object] = {
-            "event": "formed",
-            "generation": self.generation,
-            "members": {str(rank): incarnation for rank, incarnation in self.members.items()},
-            "resume_step": decision.step,
-            "fresh": decision.fresh,
-            "solo": bool(finished),
-        }
-        if formation.told:
-            formed |= {"exact": False, "inexact": formation.ranks}
+        record = formed_event(self.generation, self.members, decision, formation, solo=bool(finished))
         joins, self._joins = self._joins, {}
         return [
-            Record(formed),
+            Record(record),
             *self._before_form(joins),
-            Form(self.generation, members, decision.step, decision.fresh, bool(finished), ranks, self.placement),
+            Form(
+                self.generation,
+                members,
+                decision.step,
+                decision.fresh,
+                bool(finished),
+                ranks,
+                self.placement,
+                formation,
+            ),
         ]
 
     def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:

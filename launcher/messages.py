@@ -75,6 +75,12 @@ def form_order(form: Form) -> Any:
         for rank, incarnation, host, source in form.members
     ]
     body = pb.Form(
-        members=members, resume_step=form.resume_step, fresh=form.fresh, solo=form.solo, placement=form.placement
+        members=members,
+        resume_step=form.resume_step,
+        fresh=form.fresh,
+        solo=form.solo,
+        placement=form.placement,
+        inexact=form.inexact.told,
+        inexact_since=form.inexact.since,
     )
     return pb.RankOrder(generation=form.generation, form=body)

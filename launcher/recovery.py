@@ -8,9 +8,11 @@ commit. Pure: times are passed in (monotonic nanoseconds, one host).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from holdfast.proto.ids import NO_STEP
+from holdfast.runtime.recovery.decide import Resume
 
 from .exactness import Formation
 
@@ -40,7 +42,6 @@ class Recovery:
     def begin_again(self, now_ns: int, cause: dict[str, object] | None) -> None:
         """A generation of this recovery begins (its first, or one that supersedes another)."""
         self.restored, self.restored_ns, self.sources = set(), 0, {}
-        self.inexact, self.notes = Formation(), {}
         if cause is not None:
             self.causes.append(cause)
             if not self.detected_ns:
@@ -48,6 +49,10 @@ class Recovery:
                 self.detected_ns = detected if isinstance(detected, int) and detected else now_ns
                 self.last_progress_ns = progress if isinstance(progress, int) else 0
         self.detected_ns = self.detected_ns or now_ns
+
+    def formed(self, now_ns: int, step: int, formation: Formation) -> None:
+        """A generation stands, which goes on from `step`."""
+        self.formed_ns, self.resume_step, self.inexact = now_ns, step, formation
 
     def ended(self, generation: int, step: int, committed_ns: int) -> tuple[dict[str, object], str]:
         """The event record and the operator's line."""
@@ -75,7 +80,8 @@ class Recovery:
         }
         if self.inexact.told:
             event["inexact"] = {
-                rank: {**told, "how": self.notes.get(int(rank), "")} for rank, told in self.inexact.ranks.items()
+                str(rank): {**lossy.facts, "how": self.notes.get(rank, "")}
+                for rank, lossy in self.inexact.ranks.items()
             }
         lost = "; ".join(f"rank {cause['rank']} {cause['reason']}" for cause in self.causes) or "unknown"
         steps = ", ".join(f"{name[:-3]} {value:.0f}" for name, value in spans.items())
@@ -85,3 +91,18 @@ class Recovery:
             f"{f'NOT exact: {self.inexact.told}' if self.inexact.told else 'exact'}"
         )
         return event, line
+
+
+def formed_event(
+    generation: int, members: Mapping[int, int], decision: Resume, formation: Formation, *, solo: bool
+) -> dict[str, object]:
+    """The record of a generation that stands; a restarted coordinator reads its members (rank -> incarnation)."""
+    event: dict[str, object] = {
+        "event": "formed",
+        "generation": generation,
+        "members": {str(rank): incarnation for rank, incarnation in members.items()},
+        "resume_step": decision.step,
+        "fresh": decision.fresh,
+        "solo": solo,
+    }
+    return event | ({"exact": False, "inexact": formation.told} if formation.told else {})

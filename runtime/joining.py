@@ -49,6 +49,10 @@ class Formed:
     sources: dict[int, Source]
     placement: int = 0
     """Number of the placement of parity; 0: the job has none."""
+    inexact: str = ""
+    """What is not exact about it, in words; empty: nothing is new."""
+    inexact_since: int = 0
+    """First step of the run that was not exact; 0: all were."""
 
 
 @dataclass(frozen=True, slots=True)

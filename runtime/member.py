@@ -309,7 +309,8 @@ class Member:
                 form = order.form
                 sources = {int(m.rank): Source(m.rung, int(m.peer), int(m.step)) for m in form.members}
                 step, placement = int(form.resume_step), int(form.placement)
-                formed = Formed(generation, step, form.fresh, form.solo, sources, placement)
+                told = (form.inexact, int(form.inexact_since))
+                formed = Formed(generation, step, form.fresh, form.solo, sources, placement, *told)
                 with self._lock:
                     if generation == self._target:
                         self._formed = formed

@@ -196,18 +196,22 @@ class Fence(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Form(_message.Message):
-    __slots__ = ("members", "resume_step", "fresh", "solo", "placement")
+    __slots__ = ("members", "resume_step", "fresh", "solo", "placement", "inexact", "inexact_since")
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     RESUME_STEP_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     SOLO_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_SINCE_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[Member]
     resume_step: int
     fresh: bool
     solo: bool
     placement: int
-    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., resume_step: _Optional[int] = ..., fresh: _Optional[bool] = ..., solo: _Optional[bool] = ..., placement: _Optional[int] = ...) -> None: ...
+    inexact: str
+    inexact_since: int
+    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., resume_step: _Optional[int] = ..., fresh: _Optional[bool] = ..., solo: _Optional[bool] = ..., placement: _Optional[int] = ..., inexact: _Optional[str] = ..., inexact_since: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("rank", "incarnation", "host", "rung", "peer", "step")

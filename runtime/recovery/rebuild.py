@@ -43,13 +43,11 @@ Tensors = dict[tuple[str, str], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Where this rank's state came from, as (rung, bytes, pieces); and what of the job's is not exact."""
+    """Where this rank's state came from, as (rung, bytes, pieces)."""
 
     sources: list[tuple[str, int, int]]
     note: str = ""
-    """How this rank's own state was made, if it is not exact."""
-    announced: str = ""
-    """What everybody is told of all ranks' states that are not."""
+    """How it was made, if it is not exact."""
 
 
 def restore_state(engine: Engine, group: Group | None, formed: Formed, lease: Lease) -> Restored:
@@ -72,7 +70,8 @@ def restore_state(engine: Engine, group: Group | None, formed: Formed, lease: Le
     restored = Restored(sources)
     if lossy:
         restored = _rebuild(engine, group, formed, lossy, sources, lease)
-        forward.since = forward.since or step + 1
+    if formed.inexact_since:
+        forward.since = min(forward.since or formed.inexact_since, formed.inexact_since)
     if told is not None:
         forward.told, forward.told_step = told, step  # whoever is left can tell it again
     lease.renew(Phase.RECOVERING)
@@ -150,9 +149,8 @@ def _rebuild(
             elif rank == engine.rank:
                 parcels[source] = receive_parcel(group, source)
     numbers = stage_numbers({rank: engine.plan.hosted(rank) for rank in formed.sources})
-    announced = announce(formed.sources, numbers, formed.resume_step)
     if engine.rank not in lossy:
-        return Restored(exact, announced=announced)
+        return Restored(exact)
     present = parcels[stages.giver(engine.rank)].metadata["present"]
     if formed.sources[engine.rank].rung == "stale":
         sources = _load_stale(engine, formed, present)
@@ -161,7 +159,7 @@ def _rebuild(
         sources = _load_combined(engine, formed.resume_step, present, parcels, stages.recipes[engine.rank])
         note = f"stage {numbers[engine.rank]} is rebuilt: {describe(stages.recipes[engine.rank])}"
     log.warning("step %d is not exact: %s", formed.resume_step, note)
-    return Restored(sources, note, announced)
+    return Restored(sources, note)
 
 
 def _learn(engine: Engine, group: Group, formed: Formed, lossy: list[int]) -> _Stages:

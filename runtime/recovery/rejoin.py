@@ -213,7 +213,7 @@ class Session:
         group = None if formed.solo else self._build(generation, engine.step)
         self.injector.at("restore", engine.step)
         restored = restore_state(engine, group, formed, self.lease)
-        self.announced = restored.announced
+        self.announced = formed.inexact
         member.restored(
             generation, formed.resume_step, restored.sources, note=restored.note, since=engine.forward.since
         )

@@ -1,10 +1,10 @@
-"""All ranks of a job as engines in one process, one thread each, with deaths at scripted points. No snapshots.
+"""All ranks of a job as engines in one process, one thread each, with deaths at scripted points. No agent.
 
     crew = Crew(4, "neighbours", layers=...)     engines over a Post: it carries their messages, and breaks when one
     crew.train(9, ["rank=2,step=5,at=forward"])  dies; until all are there, or all others have stopped
     crew.recover()                               what the coordinator decides and the ranks then do: all the real code
 
-What is faked: processes, sockets, and who tells whom that somebody died.
+What is faked: processes, sockets, who tells whom that somebody died, and snapshots (copies in a dict, every so often).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from holdfast.launcher.exactness import Exactness
 from holdfast.proto.errors import PeerLost
 from holdfast.proto.faults import parse_faults
 from holdfast.proto.ids import NO_STEP
@@ -28,7 +29,7 @@ from holdfast.runtime.engine import Engine
 from holdfast.runtime.joining import Formed, Identity
 from holdfast.runtime.lease import Lease
 from holdfast.runtime.recovery.decide import Impossible, Report, Resume
-from holdfast.runtime.recovery.ladder import Mode, decide
+from holdfast.runtime.recovery.ladder import Mode, decide, stages
 from holdfast.runtime.recovery.rebuild import Restored, restore_state
 
 WAIT_S = 60.0
@@ -140,14 +141,18 @@ class FakeSession:
 class Crew:
     """See the module's docstring."""
 
-    def __init__(self, ranks: int, mode: Mode, **arguments: Any) -> None:
+    def __init__(self, ranks: int, mode: Mode, *, keep_every: int = 0, **arguments: Any) -> None:
         self.arguments, self.mode, self.generation = arguments, mode, 0
+        self.keep_every = keep_every
+        self.kept: dict[int, dict[int, Any]] = {rank: {} for rank in range(ranks)}
+        """Rank -> step -> its state then."""
         self.identity = Identity(0, 0, ranks, 0, "", "", "", "", "", "", snapshots=False, recovery=mode)
         self.engines = [self._engine(rank, 0) for rank in range(ranks)]
         self.dead: set[int] = set()
         self.deaf: dict[int, int] = {}
         """Rank -> step whose barrier it does not hear the end of."""
         self.losses: dict[int, float] = {}
+        self.exactness = Exactness()
         self._form(Formed(1, 0, True, False, {}), lambda rank: None)
 
     def _engine(self, rank: int, incarnation: int) -> Engine:
@@ -165,7 +170,23 @@ class Crew:
             return gathered
 
         engine._gather = heard  # type: ignore[method-assign]
+        restore = engine.snapshots.restore
+
+        def from_memory(formed: Formed, over: Any = lambda own: own) -> list[tuple[str, int, int]]:
+            source = formed.sources[rank]
+            if source.rung not in ("stale", "snapshot"):
+                return restore(formed)
+            tensors, metadata = self.kept[rank][source.step if source.rung == "stale" else formed.resume_step]
+            engine.load(formed.resume_step, tensors, over(metadata))
+            return [(source.rung, 0, len(tensors))]
+
+        engine.snapshots.restore = from_memory  # type: ignore[method-assign]
         return engine
+
+    def _keep(self, engine: Engine) -> None:
+        if self.keep_every and engine.step % self.keep_every == 0:
+            tensors = {(entry.name, entry.state): entry.tensor.clone() for entry in engine.state.entries()}
+            self.kept[engine.rank][engine.step] = tensors, copy.deepcopy(engine.metadata())
 
     def _form(self, formed: Formed, restore: Callable[[int], Any]) -> None:
         self.generation += 1
@@ -212,11 +233,13 @@ class Crew:
         def steps(rank: int) -> None:
             engine = self.engines[rank]
             engine.injector.faults = list(parse_faults(";".join(faults)))  # type: ignore[assignment]
+            self._keep(engine)
             while engine.step < until:
                 engine.injector.at("user", engine.step + 1)
                 engine.train_step()
                 assert engine.report is not None
                 self.losses[engine.step] = engine.report.loss
+                self._keep(engine)
 
         self._together(steps)
 
@@ -225,10 +248,14 @@ class Crew:
         for rank in self.dead:
             self.engines[rank] = self._engine(rank, 1)
         self.dead = set()
-        decision = decide(self.mode, [self._report(engine) for engine in self.engines])
+        reports = [self._report(engine) for engine in self.engines]
+        decision = decide(self.mode, reports)
         if isinstance(decision, Impossible):
             return decision
-        formed = Formed(self.generation + 1, decision.step, decision.fresh, False, dict(decision.sources))
+        carried = {engine.rank: engine.forward.since for engine in self.engines}
+        self.formation = self.exactness.formed(decision, carried, stages(reports))
+        told = (self.formation.told, self.formation.since)
+        formed = Formed(self.generation + 1, decision.step, decision.fresh, False, dict(decision.sources), 0, *told)
         self.restored: dict[int, Restored] = {}
         for engine in self.engines:
             engine.injector.faults = list(parse_faults(";".join(faults)))  # type: ignore[assignment]
@@ -243,9 +270,9 @@ class Crew:
     def _report(self, engine: Engine) -> Report:
         live, forward = engine.live_step, engine.forward
         live = live if engine._session.identity.incarnation == 0 or live else int(NO_STEP)
-        return Report(
-            engine.rank, live, engine.peers(), {}, frozenset(), forward.ready_step, forward.told_step, engine.kinds()
-        )
+        held = {engine.rank: frozenset(self.kept[engine.rank])}
+        steps = (forward.ready_step, forward.told_step)
+        return Report(engine.rank, live, engine.peers(), held, frozenset(), *steps, engine.kinds())
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything of all ranks by name; replicas must be equal."""

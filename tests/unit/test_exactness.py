@@ -28,14 +28,28 @@ def test_what_was_not_exact_is_said_with_stages_and_ages_and_remembered() -> Non
     exactness = Exactness()
     formation = exactness.formed(lossy(8), EXACT, STAGES)
     assert formation.told == "stage 1 went back alone to step 5 (3 steps old); stage 2 rebuilt from its neighbours"
-    assert formation.ranks == {
-        "1": {"rung": "stale", "stage": 1, "step": 5, "age": 3},
-        "2": {"rung": "neighbours", "stage": 2},
+    assert {rank: lossy.facts for rank, lossy in formation.ranks.items()} == {
+        1: {"rung": "stale", "stage": 1, "step": 5, "age": 3},
+        2: {"rung": "neighbours", "stage": 2},
     }
     exactness.formed(lossy(8), EXACT, STAGES)
     exactness.recovered(formation)
     exactness.formed(Resume(9, sources={0: Source("live")}), {0: 9}, STAGES)
     assert exactness.last_line() == f"done, NOT exact since step 9; 1 recoveries were not, the last: {formation.told}"
+
+
+def test_a_rank_that_was_rebuilt_before_the_recovery_broke_off_is_live_and_still_not_exact() -> None:
+    exactness = Exactness()
+    first = exactness.formed(lossy(8), EXACT, STAGES)
+    again = Resume(8, sources={0: Source("neighbours"), 1: Source("live"), 2: Source("live")})
+    second = exactness.formed(again, {0: 0, 1: 9, 2: 0}, STAGES, first)
+    assert sorted(second.ranks) == [0, 1], "rank 2 joined with a state that is not the rebuilt one"
+    assert second.told == "stage 0 rebuilt from its neighbours; stage 1 went back alone to step 5 (3 steps old)"
+    third = exactness.formed(
+        Resume(8, sources={rank: Source("live") for rank in STAGES}), {0: 9, 1: 9, 2: 9}, STAGES, second
+    )
+    assert sorted(third.ranks) == [0, 1]
+    assert third.since == 9
 
 
 def test_an_exact_run_has_nothing_to_say() -> None:

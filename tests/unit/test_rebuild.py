@@ -241,6 +241,33 @@ def test_an_embedding_that_nobody_else_has_is_an_error_and_an_inner_stage_beside
     assert failed.why == "stage 0 (rank 0): no live rank has layer 0, nor a layer of the same kind"
 
 
+def test_a_stage_alone_goes_back_to_its_older_copy_with_its_moments_also_that_of_the_embedding() -> None:
+    split = [2, 1, 1, 2]
+    crew = Crew(4, "stale", keep_every=3, **arguments(split, edges=True))
+    assert lose(crew, "rank=0,step=6,at=backward:0").sources[0].step == 3
+    assert lose(crew, "rank=2,step=9,at=commit").sources[2].step == 6
+    assert crew.restored[2].note == "stage 2 went back alone to step 6 (2 steps old)"
+    assert all(engine.forward.boosts.since == {} for engine in crew.engines), "its learning rate is the script's"
+    crew.train(10)
+    surgery = [{"step": 5, "stage": 0, "how": "older", "from": 3}, {"step": 8, "stage": 2, "how": "older", "from": 6}]
+    assert_equal(crew, by_hand(split, 10, surgery, edges=True))
+    assert len({engine.state.learning_rate for engine in crew.engines}) == 1
+
+
+def test_auto_takes_the_older_copy_of_one_lost_stage_and_the_neighbours_of_another() -> None:
+    crew = Crew(4, "auto", keep_every=2, **arguments([1] * 4))
+    crew.train(3)
+    for rank in (0, 2, 3):
+        crew.kept[rank].clear()  # else everybody would go back to step 2, exactly
+    decision = lose(crew, "rank=1,step=4,at=backward:0", until=4)
+    assert [source.rung for _, source in sorted(decision.sources.items())] == ["live", "stale", "live", "live"]
+    crew.kept, crew.keep_every = {rank: {} for rank in range(4)}, 0
+    assert lose(crew, "rank=2,step=5,at=backward:0").sources[2].rung == "neighbours"
+    crew.train(6)
+    surgery = [{"step": 3, "stage": 1, "how": "older", "from": 2}, {"step": 4, "stage": 2, "how": "average"}]
+    assert_equal(crew, by_hand([1] * 4, 6, surgery))
+
+
 def test_a_healthy_step_sends_not_a_byte_more_than_one_of_an_exact_job() -> None:
     crews = [Crew(4, mode, **arguments([1] * 4)) for mode in ("exact", "neighbours")]
     for crew in crews:
@@ -255,10 +282,11 @@ def test_a_healthy_step_sends_not_a_byte_more_than_one_of_an_exact_job() -> None
     assert min(sent[0]) > 0
 
 
-def test_who_was_rebuilt_is_said_by_everybody_and_how_by_itself() -> None:
+def test_a_rebuilt_rank_says_how_and_all_carry_since_when_the_run_is_not_exact() -> None:
     crew = Crew(4, "neighbours", **arguments([1] * 4))
     lose(crew, "rank=2,step=3,at=forward:0")
-    assert {restored.announced for restored in crew.restored.values()} == {"stage 2 rebuilt from its neighbours"}
+    assert crew.formation.told == "stage 2 rebuilt from its neighbours"
+    assert {engine.forward.since for engine in crew.engines} == {3}
     assert [restored.note[:34] for _, restored in sorted(crew.restored.items())] == [
         "", "", "stage 2 is rebuilt: averaged from ", "",
     ]  # fmt: skip
