@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from holdfast.runtime.recovery.decide import Source
+
+from .exactness import Formation
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Form:
     solo: bool
     ranks: tuple[int, ...]
     placement: int = 0  # number of the placement of parity; 0: none
+    inexact: Formation = field(default_factory=Formation)
 
 
 @dataclass(frozen=True, slots=True)

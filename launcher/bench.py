@@ -19,6 +19,7 @@ BENCHMARKS: Final = {
     "recovery": "SIGKILL to the next committed step, against torchrun --max-restarts with DCP",
     "overhead": "healthy step time with a snapshot every step, against none",
     "engine": "the pipeline engine, against a hand-written 1F1B and torch.distributed.pipelining",
+    "swap": "the step of swapped stages (CheckFree+) on emulated devices, against 1F1B",
     "rebuild": "all groups rebuilt, against torch's destroy and init",
     "cycles": "200 kills in one job: descriptors, threads, memory flat",
     "checkpoints": "convert, adopt, export, save, load and verify, against DeepSpeed's tools, DCP and safetensors",

@@ -81,6 +81,7 @@ def describe(job: str, events: str, state: dict[str, Any]) -> list[str]:
     lines = [
         f"{job}: {state['state']}, {step}{loss}; generation {state['generation']}, {state['recoveries']} recoveries",
         f"events: {events or 'none'}",
+        *_describe_exactness(state.get("exactness", {})),
         *_describe_hosts(state),
         f"{'rank':>4}  {'pid':>8}  {'process':>7}  {'host':<20}  does",
     ]
@@ -100,6 +101,14 @@ def describe(job: str, events: str, state: dict[str, Any]) -> list[str]:
         )
         lines.append(f"{row['rank']:>4}  {row['pid']:>8}  {row['incarnation']:>7}  {row['host']:<20}  {does}")
     return lines
+
+
+def _describe_exactness(found: dict[str, Any]) -> list[str]:
+    """That the run is no longer what an unbroken one would be."""
+    if not found.get("inexact_since"):
+        return []
+    last = f"; last: {found['last']}" if found["last"] else ""
+    return [f"NOT exact since step {found['inexact_since']} ({found['inexact_recoveries']} such recoveries{last})"]
 
 
 def _describe_hosts(state: dict[str, Any]) -> list[str]:

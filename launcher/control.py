@@ -97,8 +97,8 @@ class Control(control_pb2_grpc.ControlServicer):
         queue: asyncio.Queue[Any] = asyncio.Queue()
         self._ranks[hello.rank] = queue
         queue.put_nowait(pb.RankOrder(generation=job.generation, welcome=pb.Welcome()))
-        who = (hello.rank, hello.incarnation, hello.pid, hello.host)
-        self._do(job.on_rank_hello(time.monotonic_ns(), *who, first.generation, hello.live_step))
+        who = (hello.rank, hello.incarnation, hello.pid, hello.host, first.generation)
+        self._do(job.on_rank_hello(time.monotonic_ns(), *who, hello.live_step, hello.inexact_since))
         handle = partial(self._on_rank_message, hello.rank, hello.incarnation)
         reader = asyncio.create_task(self._read(request_iterator, handle, queue))
         try:

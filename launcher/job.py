@@ -25,7 +25,7 @@ from typing import Final
 
 from holdfast.ckpt.memory.placement import decodable, place
 from holdfast.ckpt.memory.redundancy import NONE, SHARDS_MAX, HostInfo, Placement, Redundancy, SlotInfo
-from holdfast.runtime.recovery.decide import Impossible, Resume, decide_resume
+from holdfast.runtime.recovery.decide import Impossible, Resume
 
 from .actions import Action, Adopt, Announce, Form, Probe, Record, StepDown, StopJob, Tell, Welcome
 from .council import Council, councils
@@ -33,6 +33,7 @@ from .hosts import FIRST, Host, HostBook, Roster, Term, assign
 from .membership import Membership
 from .shown import host_rows, redundancy_row
 from .slots import Joined
+from .verdict import choose
 
 PLACEMENTS_KEPT: Final = 4
 TERM_BITS: Final = 32
@@ -245,8 +246,7 @@ class Job(Membership):
         return super()._begin(now_ns, reason, cause)
 
     def _decide(self, joins: Mapping[int, Joined], *, solo: bool) -> Resume | Impossible:
-        reports = [joins[rank].report for rank in sorted(joins)]
-        decision = decide_resume(reports, self._reachable(joins), solo=solo)
+        decision = choose(joins, self._reachable(joins), solo=solo)
         if isinstance(decision, Impossible):
             return decision
         rebuilt = tuple(rank for rank, source in sorted(decision.sources.items()) if source.rung == "parity")
@@ -275,7 +275,7 @@ class Job(Membership):
         return found
 
     def _why_lost(self, decision: Impossible) -> str:
-        if self._current is None:
+        if self._current is None or decision.why:
             return super()._why_lost(decision)
         lost = [host for host in self.book.all.values() if host.lost]
         ranks = ", ".join(map(str, decision.missing))

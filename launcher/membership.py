@@ -21,11 +21,14 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 
 from holdfast.proto.ids import NO_STEP
-from holdfast.runtime.recovery.decide import Impossible, Resume, Source, decide_resume
+from holdfast.runtime.recovery.decide import Impossible, Resume, Source
+from holdfast.runtime.recovery.ladder import stages
 
 from .actions import Action, Announce, Fence, Form, JobDone, Record, StopJob, StoreAll
-from .recovery import Recovery
+from .exactness import WHAT_HELPS, Exactness
+from .recovery import Recovery, formed_event
 from .slots import Joined, Slot
+from .verdict import choose, mismatch, why_not
 
 SUSPECT_GRACE_NS = 500_000_000
 """How long a broken connection without a known death waits for the agent to name the dead."""
@@ -57,6 +60,7 @@ class Membership:
         self._recovery: Recovery | None = None
         self._suspected: tuple[int, int, str] | None = None  # deadline, generation, reason
         self.recoveries = 0
+        self.exactness = Exactness()
         self.placement = 0  # number of the placement of parity; 0: none
         self.step = int(NO_STEP)
         self.loss = float("nan")
@@ -120,7 +124,8 @@ class Membership:
         if finished:
             slot.finished = slot.ended = True
             record: Action = Record({"event": "rank_finished", "rank": rank, "incarnation": incarnation})
-            done: list[Action] = [JobDone()] if all(slot.ended for slot in self.slots.values()) else []
+            said: list[Action] = [Announce(line)] if (line := self.exactness.last_line()) else []
+            done = [*said, JobDone()] if all(slot.ended for slot in self.slots.values()) else []
             return [record, *done, *self._form_if_waiting(now_ns)]
         cause: dict[str, object] = {
             "rank": rank,
@@ -140,9 +145,18 @@ class Membership:
     # ---- ranks --------------------------------------------------------------------------------------
 
     def on_rank_hello(
-        self, now_ns: int, rank: int, incarnation: int, pid: int, host: int, generation: int, live_step: int
+        self,
+        now_ns: int,
+        rank: int,
+        incarnation: int,
+        pid: int,
+        host: int,
+        generation: int,
+        live_step: int,
+        since: int = 0,
     ) -> list[Action]:
-        """A rank opened its session (for the first time, or again after this coordinator was restarted)."""
+        """A rank opened its session, perhaps again (this coordinator was restarted); `since`: as for on_restored."""
+        self.exactness.heard(since)
         slot = self.slots[rank]
         if incarnation < slot.incarnation:
             return []  # a fenced process that does not know it yet
@@ -193,13 +207,25 @@ class Membership:
         return [StoreAll(generation, values, ranks)]
 
     def on_restored(
-        self, rank: int, generation: int, restored_ns: int, sources: Iterable[tuple[str, int, int]]
+        self,
+        rank: int,
+        generation: int,
+        restored_ns: int,
+        sources: Iterable[tuple[str, int, int]],
+        note: str = "",
+        since: int = 0,
     ) -> list[Action]:
-        """A member's state is the resume step's; `sources` are (rung, bytes, pieces)."""
+        """A member's state is the resume step's; `sources` are (rung, bytes, pieces).
+
+        `note`: how, if it is not exact; `since`: the first step that was not.
+        """
+        self.exactness.heard(since)
         recovery = self._recovery
         if generation != self.generation or recovery is None:
             return []
         recovery.restored.add(rank)
+        if note:
+            recovery.notes[rank] = note
         recovery.restored_ns = max(recovery.restored_ns, restored_ns)
         for rung, size, pieces in sources:
             total = recovery.sources.setdefault(rung, [0, 0, 0])
@@ -285,19 +311,13 @@ class Membership:
         finished = {rank for rank, slot in self.slots.items() if slot.finished and rank not in self._joins}
         if len(self._joins) + len(finished) < self.world_size:
             return []
-        mismatch = _mismatch(self._joins)
-        if mismatch:
-            return [StopJob(2, mismatch)]
+        if different := mismatch(self._joins):
+            return [StopJob(2, different)]
         decision = self._decide(self._joins, solo=bool(finished))
         if isinstance(decision, Impossible):
             return [StopJob(1, self._why_lost(decision))]
-        if decision.fresh and (self.step > 0 or any(joined.incarnation for joined in self._joins.values())):
-            reached = max(self.step, 0)
-            return [StopJob(1, f"no rank has any state left, and step {reached} was reached: nothing to resume from")]
-        until = max(joined.until for joined in self._joins.values())
-        if finished and decision.step != until:
-            gone = ", ".join(map(str, sorted(finished)))
-            return [StopJob(1, f"ranks {gone} left before step {until}; the state left is of step {decision.step}")]
+        if refused := why_not(decision, self._joins, finished, self.step):
+            return [StopJob(1, refused)]
         ranks = tuple(sorted(self._joins))
         self.state = State.RUNNING
         self.members = {rank: self._joins[rank].incarnation for rank in ranks}
@@ -305,29 +325,28 @@ class Membership:
             (rank, self.members[rank], self.slots[rank].host, decision.sources.get(rank, Source("live")))
             for rank in ranks
         )
+        numbers = stages([joined.report for _, joined in sorted(self._joins.items())])
+        carried = {rank: joined.inexact_since for rank, joined in self._joins.items()}
+        before = self._recovery.inexact if self._recovery is not None else None
+        formation = self.exactness.formed(decision, carried, numbers, before)
         if self._recovery is not None:
-            self._recovery.formed_ns = now_ns
-            self._recovery.resume_step = decision.step
+            self._recovery.formed(now_ns, decision.step, formation)
         self.step = decision.step
-        formed: dict[str, object] = {
-            "event": "formed",
-            "generation": self.generation,
-            "members": {str(rank): incarnation for rank, incarnation in self.members.items()},
-            "resume_step": decision.step,
-            "fresh": decision.fresh,
-            "solo": bool(finished),
-        }
+        record = formed_event(self.generation, self.members, decision, formation, solo=bool(finished))
         joins, self._joins = self._joins, {}
-        actions = [Record(formed), *self._before_form(joins)]
-        form = Form(self.generation, members, decision.step, decision.fresh, bool(finished), ranks, self.placement)
+        actions = [Record(record), *self._before_form(joins)]
+        alone, step = bool(finished), decision.step
+        form = Form(self.generation, members, step, decision.fresh, alone, ranks, self.placement, formation)
         return [*actions, *self._send(now_ns, form)]
 
     def _decide(self, joins: Mapping[int, Joined], *, solo: bool) -> Resume | Impossible:
         """The step to resume from, and everybody's source."""
-        return decide_resume([joins[rank].report for rank in sorted(joins)], solo=solo)
+        return choose(joins, {}, solo=solo)
 
     def _why_lost(self, decision: Impossible) -> str:
         """One line for a job that has nothing to resume from."""
+        if decision.why:
+            return f"state after step {decision.newest} is lost. {decision.why}. {WHAT_HELPS}"
         ranks = ", ".join(map(str, decision.missing))
         return (
             f"the state of rank {ranks} after step {decision.newest} is lost: no live copy, no snapshot. "
@@ -347,6 +366,7 @@ class Membership:
     def _recovered(self, recovery: Recovery, step: int, committed_ns: int) -> list[Action]:
         self._recovery = None
         self.recoveries += 1
+        self.exactness.recovered(recovery.inexact)
         event, line = recovery.ended(self.generation, step, committed_ns)
         return [Record(event), Announce(line)]
 
@@ -359,6 +379,7 @@ class Membership:
             "step": self.step,
             "loss": self.loss,
             "recoveries": self.recoveries,
+            "exactness": self.exactness.status(),
             "ranks": [
                 {
                     "rank": rank,
@@ -373,13 +394,3 @@ class Membership:
                 for rank, slot in self.slots.items()
             ],
         }
-
-
-def _mismatch(joins: Mapping[int, Joined]) -> str:
-    """Why these processes cannot train together, or ''."""
-    for what, field_name in (("plan", "plan"), ("numerics", "compute"), ("last step", "until")):
-        values = {rank: getattr(joined, field_name) for rank, joined in sorted(joins.items())}
-        if len(set(values.values())) > 1:
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in values.items())
-            return f"the ranks disagree on the {what} ({listed}); all must run the same script, arguments and build"
-    return ""

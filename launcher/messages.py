@@ -59,18 +59,43 @@ def joined_of(rank: int, incarnation: int, join: Any) -> Joined:
     held = {int(h.rank): frozenset(int(s) for s in h.steps) for h in join.held}
     parity = {(int(p.placement), int(p.stripe), int(p.index)): frozenset(int(s) for s in p.steps) for p in join.parity}
     disk = frozenset(int(step) for step in join.disk)
-    report = Report(rank, int(join.live_step), tuple(int(p) for p in join.peers), held, disk)
-    return Joined(incarnation, report, join.plan, join.compute, int(join.until), int(join.image_bytes), parity)
+    report = Report(
+        rank,
+        int(join.live_step),
+        tuple(int(p) for p in join.peers),
+        held,
+        disk,
+        ready_step=int(join.ready_step),
+        told_step=int(join.told_step),
+        units={int(unit): str(kind) for unit, kind in join.units.items()},
+    )
+    return Joined(
+        incarnation,
+        report,
+        join.plan,
+        join.compute,
+        int(join.until),
+        int(join.image_bytes),
+        parity,
+        join.recovery or "exact",
+        int(join.inexact_since),
+    )
 
 
 def form_order(form: Form) -> Any:
     """The order that makes a generation stand."""
     members = [
-        pb.Member(rank=rank, incarnation=incarnation, host=host, rung=source.rung, peer=source.peer)
+        pb.Member(rank=rank, incarnation=incarnation, host=host, rung=source.rung, peer=source.peer, step=source.step)
         for rank, incarnation, host, source in form.members
     ]
     body = pb.Form(
-        members=members, resume_step=form.resume_step, fresh=form.fresh, solo=form.solo, placement=form.placement
+        members=members,
+        resume_step=form.resume_step,
+        fresh=form.fresh,
+        solo=form.solo,
+        placement=form.placement,
+        inexact=form.inexact.told,
+        inexact_since=form.inexact.since,
     )
     return pb.RankOrder(generation=form.generation, form=body)
 
@@ -85,9 +110,10 @@ def heed_rank(job: Job, rank: int, incarnation: int, message: Any, *, now_ns: in
             body = message.store_set
             return job.on_store_set(rank, generation, body.key, body.value, body.gather)
         case "restored":
-            sources = [(s.rung, int(s.bytes), int(s.pieces)) for s in message.restored.sources]
-            restored_ns = now_ns if foreign else int(message.restored.restored_ns)
-            return job.on_restored(rank, generation, restored_ns, sources)
+            body = message.restored
+            sources = [(s.rung, int(s.bytes), int(s.pieces)) for s in body.sources]
+            restored_ns = now_ns if foreign else int(body.restored_ns)
+            return job.on_restored(rank, generation, restored_ns, sources, body.note, int(body.inexact_since))
         case "committed":
             body = message.committed
             committed_ns = now_ns if foreign else int(body.committed_ns)

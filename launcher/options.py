@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import saving
+from . import recovering, saving
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--snapshots", choices=("on", "off"), default="on", help="snapshots in memory (default on)")
     add("--zero", choices=("0", "1"), default="", help="1: shard the optimizer's state over replicas (ZeRO-1)")
+    recovering.add_options(parser)
     saving.add_options(parser)
     _add_hosts(parser)
 

@@ -8,9 +8,13 @@ commit. Pure: times are passed in (monotonic nanoseconds, one host).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from holdfast.proto.ids import NO_STEP
+from holdfast.runtime.recovery.decide import Resume
+
+from .exactness import Formation
 
 
 def span_ms(start_ns: int, end_ns: int) -> float:
@@ -31,6 +35,9 @@ class Recovery:
     sources: dict[str, list[int]] = field(default_factory=dict)
     resume_step: int = NO_STEP
     step_before: int = NO_STEP
+    inexact: Formation = field(default_factory=Formation)
+    notes: dict[int, str] = field(default_factory=dict)
+    """Rank -> how its state was made that is not exact."""
 
     def begin_again(self, now_ns: int, cause: dict[str, object] | None) -> None:
         """A generation of this recovery begins (its first, or one that supersedes another)."""
@@ -42,6 +49,10 @@ class Recovery:
                 self.detected_ns = detected if isinstance(detected, int) and detected else now_ns
                 self.last_progress_ns = progress if isinstance(progress, int) else 0
         self.detected_ns = self.detected_ns or now_ns
+
+    def formed(self, now_ns: int, step: int, formation: Formation) -> None:
+        """A generation stands, which goes on from `step`."""
+        self.formed_ns, self.resume_step, self.inexact = now_ns, step, formation
 
     def ended(self, generation: int, step: int, committed_ns: int) -> tuple[dict[str, object], str]:
         """The event record and the operator's line."""
@@ -59,7 +70,7 @@ class Recovery:
             "resume_step": self.resume_step,
             "step_before": self.step_before,
             "first_step": step,
-            "exact": True,
+            "exact": not self.inexact.told,
             "sources": {
                 rung: {"ranks": ranks, "bytes": size, "pieces": pieces}
                 for rung, (ranks, size, pieces) in sorted(self.sources.items())
@@ -67,10 +78,31 @@ class Recovery:
             "total_ms": total_ms,
             **spans,
         }
+        if self.inexact.told:
+            event["inexact"] = {
+                str(rank): {**lossy.facts, "how": self.notes.get(rank, "")}
+                for rank, lossy in self.inexact.ranks.items()
+            }
         lost = "; ".join(f"rank {cause['rank']} {cause['reason']}" for cause in self.causes) or "unknown"
         steps = ", ".join(f"{name[:-3]} {value:.0f}" for name, value in spans.items())
         line = (
             f"recovered in {total_ms:.0f} ms ({steps} ms): {lost}; resumed from step {self.resume_step}"
-            f"{' (a checkpoint on disk)' if 'disk' in self.sources else ''}, step {step} committed; exact"
+            f"{' (a checkpoint on disk)' if 'disk' in self.sources else ''}, step {step} committed; "
+            f"{f'NOT exact: {self.inexact.told}' if self.inexact.told else 'exact'}"
         )
         return event, line
+
+
+def formed_event(
+    generation: int, members: Mapping[int, int], decision: Resume, formation: Formation, *, solo: bool
+) -> dict[str, object]:
+    """The record of a generation that stands; a restarted coordinator reads its members (rank -> incarnation)."""
+    event: dict[str, object] = {
+        "event": "formed",
+        "generation": generation,
+        "members": {str(rank): incarnation for rank, incarnation in members.items()},
+        "resume_step": decision.step,
+        "fresh": decision.fresh,
+        "solo": solo,
+    }
+    return event | ({"exact": False, "inexact": formation.told} if formation.told else {})

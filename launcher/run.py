@@ -39,6 +39,7 @@ from .bootstrap import is_ours, own_address
 from .detector import Limits
 from .options import add_options
 from .processes import tell
+from .recovering import plan_recovering
 from .saving import check_history, plan_saving
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         ),
         "budget": MANAGED_BUDGET if arguments.max_restarts is None else arguments.max_restarts,
         "faults": arguments.faults,
-        "snapshots": arguments.snapshots == "on",
         "zero": arguments.zero,
+        "recovering": plan_recovering(arguments),
         "saving": plan_saving(arguments, parse_min_max_nnodes(arguments.nnodes)[1]),
     }
 

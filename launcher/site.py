@@ -30,6 +30,7 @@ from .hosts import Host as Described
 from .loop import Loop
 from .processes import become_subreaper, kill_leaders
 from .protection import Protection
+from .recovering import Recovering
 from .saving import SaverProcess, Saving
 from .services import Coordinator, SnapshotManager
 from .session import CoordinatorSession, Hooks
@@ -37,7 +38,6 @@ from .sharing import mark, refusal
 from .standby import StandbyPool
 from .supervisor import Supervisor
 
-SNAPSHOTS: Final = "HOLDFAST_SNAPSHOTS"
 FENCE_PART: Final = 0.8
 """Part of the lease after which a host that hears no coordinator ends its ranks: before the others count on it."""
 
@@ -62,8 +62,8 @@ class Options:
     limits: Limits
     budget: int
     faults: str
-    snapshots: bool
     zero: str
+    recovering: Recovering
     saving: Saving
 
 
@@ -304,7 +304,7 @@ class Host:
             env.INCARNATION: str(epoch),
             env.FAULTS: options.faults,
             env.RUN_DIR: str(options.run_dir or ""),
-            SNAPSHOTS: "on" if options.snapshots else "off",
+            **options.recovering.environment(),
         }
         found[env.ADDRESS] = self.site.address
         found[env.HOST] = str(self.site.index)

@@ -37,3 +37,7 @@ class Joined:
     until: int
     image_bytes: int = 0
     parity: Mapping[ParityKey, frozenset[int]] = field(default_factory=dict)
+    recovery: str = "exact"
+    """How the job makes up for lost state: a mode of runtime/recovery/ladder.py."""
+    inexact_since: int = 0
+    """First step of its state that was not exact; 0: all were."""

@@ -12,12 +12,17 @@ if __name__ != "holdfast.runtime":
     raise ImportError(f"import holdfast.runtime, not {__name__}: the checkout itself is on sys.path")
 
 if TYPE_CHECKING:
+    from .recovery.neighbours import NeighbourOptions
     from .trainer import StepResult, Trainer
 
-__all__ = ["StepResult", "Trainer"]
+__all__ = ["NeighbourOptions", "StepResult", "Trainer"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "NeighbourOptions":
+        from .recovery import neighbours
+
+        return neighbours.NeighbourOptions
     if name in __all__:
         from . import trainer
 

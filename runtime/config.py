@@ -11,6 +11,8 @@ from torch import nn
 
 from holdfast.proto.errors import ConfigError
 
+from .recovery.neighbours import NeighbourOptions
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerConfig:
@@ -30,6 +32,9 @@ class TrainerConfig:
     stages: int | None = None
     replicas: int | None = None
     split: Sequence[int] | None = None
+    swap: bool = False
+    shadows: bool = False
+    blocks: tuple[int, int] | None = None
     interleave: int = 1
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     clip_norm: float | None = None
@@ -44,6 +49,7 @@ class TrainerConfig:
     state: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
     zero: int | None = None
+    neighbours: NeighbourOptions = field(default_factory=NeighbourOptions)
 
     def __post_init__(self) -> None:
         for name in ("microbatch_size", "interleave", "snapshot_every"):
@@ -61,6 +67,8 @@ class TrainerConfig:
             raise ConfigError(f"zero is 0 or 1 (optimizer state sharded over replicas), got {self.zero!r}")
         if self.schedule not in ("1f1b", "gpipe"):
             raise ConfigError(f"schedule is '1f1b' or 'gpipe', got {self.schedule!r}")
+        if self.shadows and not self.swap:
+            raise ConfigError("shadows keep the layers at the ends of swapped stages: use swap=True with them")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm must be above 0, got {self.clip_norm}")
         if self.validate_every and self.validation is None:
@@ -72,20 +80,28 @@ class TrainerConfig:
             raise ConfigError(f"loss_scale is a number above 0 or 'dynamic', got {scale!r}")
         if not isinstance(self.state, Mapping):
             raise ConfigError(f"state is a dict of name -> object, got a {type(self.state).__qualname__}")
+        if not isinstance(self.neighbours, NeighbourOptions):
+            raise ConfigError(f"neighbours is a NeighbourOptions(...), got a {type(self.neighbours).__qualname__}")
         if not callable(self.loss):
             raise ConfigError("loss is a function of (output of the last layer, target)")
         if not callable(self.optimizer):
             raise ConfigError("optimizer is a function of a list of parameters, such as lambda p: AdamW(p, lr=3e-4)")
 
-    def with_zero(self, option: str) -> TrainerConfig:
-        """With `--zero` of the command, which the environment told (empty: not given). Raises ConfigError."""
+    def with_zero(self, option: str, recovery: str) -> TrainerConfig:
+        """With `--zero` of the command, which the environment told (empty: not given). Raises ConfigError.
+
+        `recovery`: the mode; moments that only a lost rank had are in no other's memory, so all but exact are refused.
+        """
         if option not in ("", "0", "1"):
             raise ConfigError(f"--zero is 0 or 1, got {option!r}")
         if option and self.zero not in (None, int(option)):
             raise ConfigError(
                 f"the script says zero={self.zero} and the command --zero {option}: leave out one of them"
             )
-        return replace(self, zero=int(option) if option else self.zero or 0)
+        zero = int(option) if option else self.zero or 0
+        if zero and recovery != "exact":
+            raise ConfigError(f"--recovery {recovery} does not go with ZeRO-1: leave out one of them")
+        return replace(self, zero=zero)
 
     @property
     def step_microbatches(self) -> int:

@@ -10,11 +10,11 @@ only then may the half of an older one be overwritten.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +27,23 @@ from holdfast.proto.plan import Plan
 
 from . import rng
 from .config import TrainerConfig
-from .data import Source, make_source
+from .data import make_source
 from .device import choose_device, numerics_identity
 from .finish import finish
-from .gather import KEPT, NO_GRADIENT, Gathered, Kept, merge
+from .gather import KEPT, NO_GRADIENT, Gathered, Kept
+from .layout import Layout
 from .pipeline.exchange import exchange, exchange_ties, plan_exchanges
 from .pipeline.executor import LOSS, Executor, Numerics, Outcome
-from .pipeline.planner import choose_grid, grid_plan
 from .pipeline.schedule import make_schedule
+from .pipeline.shadow import Shadows
+from .recovery.boost import Boosts
 from .recovery.disk import Checkpoints
+from .recovery.forward import Forward, Gradients
 from .scaler import LossScaler
 from .snapshot import Snapshots
-from .state import ModelState, build_unit, check_layers, equalise_ties, find_ties
+from .state import ModelState, build_unit, check_layers, equalise_ties, find_ties, kind_of
 from .undo import Undo
+from .validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +70,7 @@ class Engine:
 
     def __init__(self, config: TrainerConfig, session: Session) -> None:
         identity = session.identity
-        self.config = config = config.with_zero(identity.zero)
+        self.config = config = config.with_zero(identity.zero, identity.recovery)
         self.rank = identity.rank
         self.step = 0
         self.born = 0  # generation that committed the state in memory
@@ -78,8 +82,8 @@ class Engine:
         session.use_backend(self.device.backend(identity.address))
         self.injector = session.injector
         layers = check_layers(config.layers)
-        stages, replicas = choose_grid(identity.world_size, config.stages, config.replicas)
-        self.plan = self._make_plan(len(layers), stages, replicas, config.step_microbatches)
+        self.layout = Layout.of(config, layers, identity.world_size, identity.recovery)
+        self.plan = self.layout.training()
         hosted = self.plan.hosted(self.rank)
         device = self.device.device
         modules = {unit: build_unit(layers[unit], unit, config.seed, device) for unit in hosted}
@@ -89,6 +93,8 @@ class Engine:
         self.state = ModelState(modules, config.optimizer, config.scheduler, config.state)
         if config.zero:
             self.state.shard(self.plan, self.rank, proven=identity.incarnation > 0)
+        boosts = Boosts(self.state.optimizer, self.state.by_unit, config.neighbours, lambda: self.step)
+        self.forward = Forward(identity.recovery, boosts, clipped=config.neighbours.clip == "after")
         self.numerics = Numerics(config.seed, config.exact, config.autocast, config.checkpoint_activations)
         self.compute = numerics_identity(config.autocast, device)
         self.deterministic_start = all(not isinstance(layer, torch.nn.Module) for layer in layers)
@@ -100,12 +106,14 @@ class Engine:
             shuffle=config.shuffle,
         )
         self._exchanges = plan_exchanges(self.plan, exact=config.exact)
+        self._worked = self.state.keys(self.plan.worked(self.rank))
+        self._shadows = Shadows(self.plan, self.rank, self.state)
         # Errors of a replacement are no faults of the set-up: the process before it ran the same layers.
         self._proven = {LOSS, *hosted} if identity.incarnation else set()
-        self._executor = self._make_executor(self.plan)
-        self._validation = self._make_validation(stages, replicas)
-        self._validated: tuple[int, float] | None = None
-        self._validated_once = False
+        self._executor = self._make_executor(self.plan, self.layout.costs)
+        self._validation = None
+        if config.validation is not None:
+            self._validation = Validation(config, self.layout.validation, self._make_executor, session.lease)
         self._group: Group | None = None
         self._names: list[list[str]] = []
         self._first_after_resume = True
@@ -115,22 +123,10 @@ class Engine:
 
     # ---- building -----------------------------------------------------------------------------------
 
-    def _make_plan(self, units: int, stages: int, replicas: int, microbatches: int) -> Plan:
-        config = self.config
-        return grid_plan(
-            units=units,
-            stages=stages,
-            replicas=replicas,
-            microbatches=microbatches,
-            interleave=config.interleave,
-            schedule=config.schedule,
-            split=config.split,
-        )
-
-    def _make_executor(self, plan: Plan) -> Executor:
+    def _make_executor(self, plan: Plan, costs: Sequence[float] | None = None) -> Executor:
         return Executor(
             plan=plan,
-            schedule=make_schedule(plan).ranks[self.rank],
+            schedule=make_schedule(plan, unit_costs=costs).ranks[self.rank],
             rank=self.rank,
             modules=self.state.modules,
             loss=self.config.loss,
@@ -141,26 +137,13 @@ class Engine:
             proven=self._proven,
         )
 
-    def _make_validation(self, stages: int, replicas: int) -> tuple[Executor, Source, Plan, Any] | None:
-        config = self.config
-        if config.validation is None:
-            return None
-        count = config.validation_microbatches or config.step_microbatches
-        plan = self._make_plan(self.plan.units, stages, replicas, max(count, replicas))
-        source = make_source(
-            config.validation,
-            microbatch_size=config.microbatch_size,
-            microbatches=plan.microbatches,
-            seed=config.seed,
-            shuffle=False,
-        )
-        return self._make_executor(plan), source, plan, copy.deepcopy(source.state())
-
     def signature(self) -> str:
         """What ranks must agree on besides numerics: the plan and the parts of the configuration that count."""
-        config = self.config
+        config, identity = self.config, self._session.identity
         parts = [self.plan.digest()[:16], config.seed, config.microbatch_size, config.clip_norm, config.exact]
         parts += [config.validate_every, config.snapshot_every, config.zero]
+        # Only jobs that may recover inexactly depend on how.
+        parts += [self.forward.mode, config.neighbours, identity.snapshot_every] if self.forward.on else []
         return ":".join(map(str, parts))
 
     def peers(self) -> tuple[int, ...]:
@@ -185,8 +168,9 @@ class Engine:
         self._group = group
         self._executor.attach(group)
         if self._validation is not None:
-            self._validation[0].attach(group)
-        mine = {"names": self.state.names(), "gate": self.gate(), "kept": self.snapshots.keeps()}
+            self._validation.attach(group)
+        names = [f"{unit}.{name}" for unit, name in self._worked]
+        mine = {"names": names, "gate": self.gate(), "kept": self.snapshots.keeps()}
         self._lease.renew(Phase.WAITING)
         everybody = [json.loads(row) for row in group.allgather_bytes(json.dumps(mine).encode())]
         self._lease.renew(Phase.RECOVERING)
@@ -195,10 +179,11 @@ class Engine:
             told = {rank: row["gate"][key] for rank, row in enumerate(everybody) if row["gate"][key] is not None}
             if len(set(map(str, told.values()))) > 1:
                 raise ConfigError(f"the ranks disagree on the {key} that they resume with: {told}")
+        if self.step == 0:
+            self._shadows.start(group)
         self.kept = Kept.of([row["kept"] for row in everybody], self.snapshots.placement)
         self.snapshots.resumed(self.step, self.kept)
         self._first_after_resume = True
-        self._validated = None
 
     # ---- a step -------------------------------------------------------------------------------------
 
@@ -209,6 +194,7 @@ class Engine:
         self._session.check()
         lease.renew(Phase.USER)  # reading data is the user's code
         before = Undo(self.state, self.source, self.device.device)
+        gradients: Gradients | None = None
         try:
             self.source.begin(step)
             outcome = self._executor.run(step, self.source, train=True, loss_scale=self.scaler.scale)
@@ -218,11 +204,13 @@ class Engine:
             self.injector.at("commit", step)
             gathered = self._gather(group, outcome, gradients)
         except (Fenced, PeerLost):
+            if self.forward.on:
+                self.forward.cut_off(step, gradients, Undo(self.state, self.source, self.device.device))
             before.take_back()
             raise
         self._commit(step, gathered, gradients, time.monotonic() - started)
 
-    def _exchange(self, group: Group, outcome: Outcome, step: int) -> dict[tuple[int, str], torch.Tensor | None]:
+    def _exchange(self, group: Group, outcome: Outcome, step: int) -> Gradients:
         self._lease.renew(Phase.EXCHANGE)
         self.injector.at("exchange", step)
         self._lease.renew(Phase.WAITING)
@@ -235,15 +223,15 @@ class Engine:
             self.plan.microbatches,
             exact=self.config.exact,
         )
-        flat = [gradient for unit in self.state.modules for gradient in totals[unit]]
-        gradients = dict(zip(self.state.parameters, flat, strict=True))
+        gradients: Gradients = dict.fromkeys(self.state.parameters)
+        flat = [gradient for unit in sorted(totals) for gradient in totals[unit]]
+        gradients.update(zip(self._worked, flat, strict=True))
         if self.ties:
             exchange_ties(group, self.plan, self.ties, self.rank, gradients)
+        self._shadows.hand_on(group, gradients)
         return gradients
 
-    def _gather(
-        self, group: Group, outcome: Outcome, gradients: dict[tuple[int, str], torch.Tensor | None]
-    ) -> Gathered:
+    def _gather(self, group: Group, outcome: Outcome, gradients: Gradients) -> Gathered:
         """The step's barrier: everybody's losses, gradient norms and newest whole snapshot."""
         self._lease.renew(Phase.EXCHANGE)
         microbatches = self.plan.microbatches
@@ -255,26 +243,32 @@ class Engine:
             vector[KEPT + microbatch] = value.double().cpu() if value.dtype != torch.float64 else value.cpu()
             vector[KEPT + microbatches + microbatch] = count
             vector[KEPT + 2 * microbatches + microbatch] = outcome.tokens[microbatch]
-        present = [(i, g) for i, g in enumerate(gradients.values()) if g is not None]
+        # A shadow's norm is its worker's, but perhaps not to the bit: strides decide in which order it is added.
+        present = [(i, key, g) for i, key in enumerate(self._worked) if (g := gradients[key]) is not None]
         if present:
-            norms = torch.stack(torch._foreach_norm([g for _, g in present])).double().cpu()
-            vector[torch.tensor([KEPT + 3 * microbatches + i for i, _ in present])] = norms
+            norms = torch.stack(torch._foreach_norm([g for _, _, g in present])).double().cpu()
+            vector[torch.tensor([KEPT + 3 * microbatches + i for i, _, _ in present])] = norms
+            self.forward.measured({key: norm for (_, key, _), norm in zip(present, norms.tolist(), strict=True)})
         self._lease.renew(Phase.WAITING)
         rows = group.allgather(vector)
         tied = frozenset(f"{tie.second_unit}.{tie.second}" for tie in self.ties)
         return Gathered.of(rows, self._names, microbatches, tied, self.snapshots.placement, self.kept)
 
-    def _commit(
-        self,
-        step: int,
-        gathered: Gathered,
-        gradients: dict[tuple[int, str], torch.Tensor | None],
-        seconds: float,
-    ) -> None:
+    def _commit(self, step: int, gathered: Gathered, gradients: Gradients, seconds: float) -> None:
         """Apply the update: from here on nothing can fail but this process (with ZeRO-1: until its end)."""
-        lease, config = self._lease, self.config
+        first = self._first_after_resume or gathered.kept.protected_under() != self.kept.protected_under()
+        self._apply(step, gathered, gradients)
+        self._lease.committed(step, gathered.loss, seconds, gathered.tokens)
+        alarm = self.snapshots.alarm()
+        self._session.committed(step, gathered.loss, self.kept, first=self._first_after_resume, tell=first, alarm=alarm)
+        self._first_after_resume = False
+        self.snapshots.begin(step, self.kept)
+
+    def _apply(self, step: int, gathered: Gathered, gradients: Gradients) -> None:
+        """Become the state after `step`."""
+        config, lease = self.config, self._lease
         lease.renew(Phase.OPTIMIZER)
-        scale = 1.0 / (gathered.count * self.scaler.scale)
+        scale = mean = 1.0 / (gathered.count * self.scaler.scale)
         norm = gathered.norm * scale
         finite = math.isfinite(norm)
         skipped = not finite and (config.skip_nonfinite or config.loss_scale is not None)
@@ -294,46 +288,35 @@ class Engine:
                 lease.renew(Phase.OPTIMIZER)
         self.scaler.update(finite)
         self.step, self.born = step, self._session.generation
-        first = self._first_after_resume or gathered.kept.protected_under() != self.kept.protected_under()
         self.kept = gathered.kept
         self.report = StepReport(step, gathered.loss, gathered.tokens, norm, lr, skipped, self.kept.sealed)
-        lease.committed(step, gathered.loss, seconds, gathered.tokens)
-        alarm = self.snapshots.alarm()
-        self._session.committed(step, gathered.loss, self.kept, first=self._first_after_resume, tell=first, alarm=alarm)
-        self._first_after_resume = False
-        self.snapshots.begin(step, self.kept)
+        self.forward.applied(step, gathered, mean, scale)
+
+    def roll_forward(self, gathered: Gathered, born: int) -> None:
+        """Commit the pending step with what its barrier told the others: the bits of a commit that was not cut off."""
+        pending = self.forward.pending
+        assert pending is not None, "the coordinator knows what this rank has ready"
+        pending.after.take_back()
+        self._apply(pending.step, gathered, pending.gradients)
+        self.born = born
 
     # ---- validation and the end ---------------------------------------------------------------------
 
     def validate_if_due(self) -> None:
         """Validate the current step if one is due and not done. Collective. Changes no state."""
-        every = self.config.validate_every
-        if not every or self._validation is None or self.step == 0 or self.step % every or self._session.solo:
+        every, validation = self.config.validate_every, self._validation
+        if not every or validation is None or self.step == 0 or self.step % every or self._session.solo:
             return
-        if self._validated is not None and self._validated[0] == self.step:
+        if validation.newest is not None and validation.newest[0] == self.step:
             return
-        executor, source, plan, start = self._validation
-        group = self._need_group()
-        self._lease.renew(Phase.USER)
-        source.load_state(copy.deepcopy(start))  # a stream too: every validation sees the same
-        source.begin(1)
-        if not self._validated_once:
-            self._lease.warm_up()  # evaluation mode may compile, and its data may be lazy
-        outcome = executor.run(1, source, train=False)
-        self._validated_once = True
-        vector = torch.full((2 * plan.microbatches,), math.nan, dtype=torch.float64)
-        for microbatch, (value, count) in outcome.losses.items():
-            vector[microbatch], vector[plan.microbatches + microbatch] = value.double().cpu(), count
-        self._lease.renew(Phase.WAITING)
-        values = merge(group.allgather(vector))
-        totals, counts = values[: plan.microbatches], values[plan.microbatches :]
-        self._validated = (self.step, math.fsum(totals) / math.fsum(counts))
+        step, loss = validation.run(self._need_group(), self.step)
         if self.rank == 0:
-            self.snapshots.saver.validated(*self._validated)
+            self.snapshots.saver.validated(step, loss)
 
     def validation_loss(self, step: int) -> float | None:
         """Validation loss of `step`, if it was due there."""
-        return self._validated[1] if self._validated is not None and self._validated[0] == step else None
+        newest = self._validation.newest if self._validation is not None else None
+        return newest[1] if newest is not None and newest[0] == step else None
 
     def finish(self) -> None:
         """Wait until every rank holds the last state whole, so that none can lose what another reported. Collective."""
@@ -352,6 +335,10 @@ class Engine:
         if self.step == 0 and (lost or self.checkpoints.resumes):
             return NO_STEP
         return self.step
+
+    def kinds(self) -> dict[int, str]:
+        """Hosted units and their kinds: those of one kind have tensors of the same names, shapes and types."""
+        return {unit: kind_of(module) for unit, module in self.state.modules.items()}
 
     def forget(self) -> None:
         """The state in this process' memory is not to be trained from: it is about to be, or may be, of two steps."""
@@ -379,6 +366,7 @@ class Engine:
             "scaler": self.scaler.state_dict(),
             "data": self.source.state(),
             "rng": rng.capture(self.device.device),
+            **self.forward.metadata(),
         }
 
     def load(self, step: int, tensors: Any, metadata: Any) -> None:
@@ -388,6 +376,7 @@ class Engine:
         self.scaler.load_state_dict(metadata["scaler"])
         self.source.load_state(metadata["data"])
         rng.restore(metadata["rng"], self.device.device)
+        self.forward.load(metadata)
         # A survivor may be moved forward to a step that it never finished, and must still report it.
         self.report = StepReport(**metadata["report"]) if metadata["report"] is not None else None
         self.step, self.born = step, metadata["origin"]["generation"]

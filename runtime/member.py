@@ -18,7 +18,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -30,65 +29,13 @@ from holdfast.proto.gen import control_pb2_grpc
 from holdfast.proto.lease import PAGE_BYTES, LeasePage
 
 from .comm.group import Group
+from .joining import Formed, Identity, JoinReport
 from .lease import Lease
 from .recovery.decide import Source
 
 BEAT_S = 0.1
 COORDINATOR_DEADLINE_S = 600.0
 """Longest wait for the coordinator's answer; other ranks may be in long user code meanwhile."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who this process is, from the environment that the agent gave it."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    incarnation: int
-    job: str
-    token: str
-    agent: str
-    smp: str
-    coordinator: str
-    faults: str
-    snapshots: bool
-    host: int = 0
-    address: str = "127.0.0.1"
-    protector: str = ""
-    saver: str = ""
-    checkpoints: str = ""
-    resume: str = ""
-    zero: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Formed:
-    """What a new generation is: its number, the resume step, and where every member's state comes from."""
-
-    generation: int
-    resume_step: int
-    fresh: bool
-    solo: bool
-    sources: dict[int, Source]
-    placement: int = 0
-    """Number of the placement of parity; 0: the job has none."""
-
-
-@dataclass(frozen=True, slots=True)
-class JoinReport:
-    """What this rank tells when it joins."""
-
-    plan: str
-    compute: str
-    live_step: int
-    peers: tuple[int, ...]
-    held: dict[int, list[int]]
-    until: int
-    image_bytes: int = 0
-    parity: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
-    """(placement, stripe, index) -> steps, of the parity that this host holds."""
-    disk: list[int] = field(default_factory=list)
 
 
 class AgentLink:
@@ -163,7 +110,7 @@ class Member:
         self._published: list[Any] = []
         self._suspect: Any = None
         self._goodbye: Any = None
-        self._live_step = -1
+        self._live_step, self._inexact_since = -1, 0
         self._refused = ""
         self._call: Any = None
         self.interrupt: Callable[[], None] = lambda: None
@@ -194,24 +141,9 @@ class Member:
 
     def join(self, generation: int, report: JoinReport) -> Formed:
         """Join `generation` and wait until it stands. Raises Fenced when a newer one supersedes it."""
-        body = pb.Join(
-            plan=report.plan,
-            compute=report.compute,
-            live_step=report.live_step,
-            peers=report.peers,
-            held=[pb.Held(rank=rank, steps=steps) for rank, steps in sorted(report.held.items())],
-            joined_ns=time.monotonic_ns(),
-            until=report.until,
-            image_bytes=report.image_bytes,
-            parity=[
-                pb.HeldParity(placement=placement, stripe=stripe, index=index, steps=steps)
-                for (placement, stripe, index), steps in sorted(report.parity.items())
-            ],
-            disk=report.disk,
-        )
-        message = pb.RankMessage(generation=generation, join=body)
+        message = pb.RankMessage(generation=generation, join=report.message())
         with self._lock:
-            self._live_step = report.live_step
+            self._live_step, self._inexact_since = report.live_step, report.inexact_since
             self._joined, self._formed, self._suspect, self._published = (generation, message), None, None, []
             self._outbox.put(message)
             self._wait(lambda: self._formed is not None or self._target > generation, "the other ranks")
@@ -238,10 +170,14 @@ class Member:
             self._published.append(message)
         self._outbox.put(message)
 
-    def restored(self, generation: int, step: int, sources: Iterable[tuple[str, int, int]]) -> None:
-        """The state after `step` is in place; `sources` are (rung, bytes, pieces)."""
+    def restored(
+        self, generation: int, step: int, sources: Iterable[tuple[str, int, int]], note: str = "", since: int = 0
+    ) -> None:
+        """The state after `step` is in place; `sources` are (rung, bytes, pieces). `note`: how, if it is not exact;
+        `since`: the first step that was not."""
+        self._inexact_since = since
         listed = [pb.Source(rung=rung, bytes=size, pieces=pieces) for rung, size, pieces in sources]
-        body = pb.Restored(step=step, restored_ns=time.monotonic_ns(), sources=listed)
+        body = pb.Restored(step=step, restored_ns=time.monotonic_ns(), sources=listed, note=note, inexact_since=since)
         self._outbox.put(pb.RankMessage(generation=generation, restored=body))
 
     def committed(
@@ -329,6 +265,7 @@ class Member:
                     host=identity.host,
                     world_size=identity.world_size,
                     live_step=self._live_step,
+                    inexact_since=self._inexact_since,
                 )
                 outbox.put(pb.RankMessage(generation=self._current, hello=hello))
                 for message in self._published if self._current == self._target else ():
@@ -370,9 +307,10 @@ class Member:
                 self._on_fence(generation, order.fence.reason)
             case "form":
                 form = order.form
-                sources = {int(m.rank): Source(m.rung, int(m.peer)) for m in form.members}
+                sources = {int(m.rank): Source(m.rung, int(m.peer), int(m.step)) for m in form.members}
                 step, placement = int(form.resume_step), int(form.placement)
-                formed = Formed(generation, step, form.fresh, form.solo, sources, placement)
+                told = (form.inexact, int(form.inexact_since))
+                formed = Formed(generation, step, form.fresh, form.solo, sources, placement, *told)
                 with self._lock:
                     if generation == self._target:
                         self._formed = formed

@@ -22,13 +22,13 @@ def origin(engine: Engine, same: Mapping[str, Any]) -> dict[str, Any]:
 
 def unchanging(engine: Engine) -> dict[str, Any]:
     """What of it is the same at every step: looked up once, as a plan of many paths is long."""
-    config, plan, hosted = engine.config, engine.plan, engine.plan.hosted(engine.rank)
+    config, plan = engine.config, engine.plan
     return {
         "world_size": plan.world_size,
         "units": plan.units,
-        "hosted": list(hosted),
+        "hosted": list(plan.worked(engine.rank)),
         "replica": replica_of(engine),
-        "replicas": len(plan.holders(0)),
+        "replicas": len(plan.workers(0)),
         "ties": [[f"{tie.first_unit}.{tie.first}", f"{tie.second_unit}.{tie.second}"] for tie in engine.ties],
         "optimizer": optimizer_kind(engine),
         "seed": config.seed,
@@ -42,9 +42,9 @@ def unchanging(engine: Engine) -> dict[str, Any]:
 
 
 def replica_of(engine: Engine) -> int:
-    """Which of the holders of its units this rank is."""
-    hosted = engine.plan.hosted(engine.rank)
-    return engine.plan.holders(hosted[0]).index(engine.rank) if hosted else 0
+    """Which of those who work on its units this rank is."""
+    worked = engine.plan.worked(engine.rank)
+    return engine.plan.workers(worked[0]).index(engine.rank) if worked else 0
 
 
 def optimizer_kind(engine: Engine) -> str:

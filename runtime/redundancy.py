@@ -21,7 +21,7 @@ from holdfast.proto.errors import HoldfastError, PeerLost, SnapshotError
 from holdfast.proto.ids import NO_STEP
 
 from .gather import STEP_MAX
-from .member import Identity
+from .joining import Identity
 
 log = logging.getLogger(__name__)
 

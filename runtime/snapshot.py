@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,11 @@ from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
 from .arenas import DTYPES, arena_entry, as_cpu, shape_here, tensor_of, whole_sizes
+from .copyjob import CopyJob, discard
 from .gather import Kept
 from .hold import Hold
+from .joining import Formed
 from .keep import choose
-from .member import Formed
 from .redundancy import Redundancy, held_parity
 from .replica import clear_gaps, images_of, marked, shares
 from .state import Entry
@@ -53,20 +55,6 @@ _TIMEOUT_S = 10.0
 RESTORABLE = ("COPIED", "SEALED")
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """One job of the copy thread."""
-
-    step: int
-    half: int
-    entries: list[Entry]
-    metadata: Any
-    mark: Any
-    protected: int
-    replicas: dict[int, list[Entry]]
-    """What each of its holders keeps of replicated state; empty if parity of it is not computed here."""
-
-
 class Snapshots:
     """Snapshots of one rank. Main thread only; the copy thread is inside."""
 
@@ -75,12 +63,13 @@ class Snapshots:
         self._engine = engine
         self._session = session
         self._slot = identity.rank
-        self.every = engine.config.snapshot_every
+        self.every = identity.snapshot_every or engine.config.snapshot_every
+        self._sparse = identity.snapshot_every > 0
         self.enabled = identity.snapshots and bool(identity.smp)
         self._client: SmpClient | None = None
         self._halves: dict[int, MappedHalf] = {}
         self._steps: dict[int, int] = {0: NO_STEP, 1: NO_STEP}  # what each half holds whole
-        self._jobs: SimpleQueue[_Copy | None] = SimpleQueue()
+        self._jobs: SimpleQueue[CopyJob | None] = SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
         self._opened: list[tuple[MappedHalf, Table]] = []
@@ -134,7 +123,7 @@ class Snapshots:
         entries = [replace(e, tensor=e.tensor.clone()) if e.early else e for e in entries]
         # A step that is redone need not have the same bytes unless steps are exact: replicas are not compared then.
         replicas = split if len(split) > 1 and self._engine.config.exact else {}
-        self._jobs.put(_Copy(step, half, entries, meta, self._engine.device.mark(), kept.protected, replicas))
+        self._jobs.put(CopyJob(step, half, entries, meta, self._engine.device.mark(), kept.protected, replicas))
 
     def _captured(self) -> tuple[list[Entry], Any, dict[int, list[Entry]]]:
         """What this rank keeps of the state, and each holder's share of it. ConfigError for what it cannot keep."""
@@ -173,7 +162,7 @@ class Snapshots:
                 del job
                 self._idle.set()
 
-    def _copy(self, job: _Copy) -> Work | None:
+    def _copy(self, job: CopyJob) -> Work | None:
         """Fill a half: FILLING, bytes, COPIED. Returns the parity to compute next."""
         heard = self._redundancy.keep(job.protected)
         work = self._redundancy.announce(self._slot, job.step) if heard and job.replicas else None
@@ -307,28 +296,34 @@ class Snapshots:
         except PeerLost as error:
             log.warning("no snapshot manager yet: %s", error)
 
-    def restore(self, formed: Formed) -> list[tuple[str, int, int]]:
+    def restore(
+        self, formed: Formed, over: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda own: own
+    ) -> list[tuple[str, int, int]]:
         """Make the engine's state that after formed.resume_step; sources as (rung, bytes, pieces).
 
+        On the rung "stale" the snapshot is an older one, and `over` makes its metadata that of the resume step.
         Raises SnapshotIncomplete or SnapshotCorrupt when the snapshot that was decided on is not there.
         """
         step, engine = formed.resume_step, self._engine
         sources = []
-        rung: str = formed.sources[self._slot].rung
+        source = formed.sources[self._slot]
+        rung: str = source.rung
         self._redundancy.placement = formed.placement
-        if rung == "live":
+        if rung in ("live", "ready"):
             if engine.step != step:
                 raise SnapshotIncomplete("the live state is of another step", step=step, live=engine.step)
-            sources.append(("live", 0, 0))
-        elif rung in ("peer", "disk"):
-            return []  # state comes over the group, or from a checkpoint: see recovery/peer.py, recovery/disk.py
+            sources.append((rung, 0, 0))
+        elif rung in ("peer", "disk", "neighbours"):
+            return []  # state comes over the group, or from a checkpoint: see recovery/{peer,rebuild,disk}.py
         else:
-            if rung == "parity":
-                rung = self._rebuild(step)
+            kept = source.step if rung == "stale" else step
+            if rung in ("parity", "stale"):
+                found = self._rebuild(kept)
+                rung = rung if rung == "stale" else found
             tensors: dict[tuple[str, str], torch.Tensor] = {}
             try:
-                meta, size = self._read(step, tensors)
-                engine.load(step, tensors, meta)
+                meta, size = self._read(kept, tensors)
+                engine.load(step, tensors, over(meta))
                 for mapped, table in self._opened:
                     mapped.half.confirm(table)
             except SnapshotError:
@@ -364,8 +359,10 @@ class Snapshots:
         for index, held in self._steps.items():
             if held > step:
                 self._steps[index] = NO_STEP  # of a history that is being redone
+                if self._engine.forward.on and index in self._halves:
+                    discard(self._halves[index].half, held, self._session.identity.incarnation)
         if self.enabled and step not in self._steps.values():
-            self.begin(step, kept, must=True)
+            self.begin(step, kept, must=not self._sparse)
 
     def _read(self, step: int, tensors: dict[tuple[str, str], torch.Tensor]) -> tuple[Any, int]:
         """Fill `tensors` with this rank's units after `step` (views of the arenas); its own metadata, and bytes."""

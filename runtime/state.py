@@ -10,6 +10,7 @@ state is read and written per parameter, so it can move with its layer.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -303,6 +304,15 @@ class ModelState:
         if self.scheduler is not None:
             self.scheduler.step()
 
+    def buffers(self, unit: int) -> list[torch.Tensor]:
+        """Those that belong to the state: a forward may change them."""
+        return [buffer for _, buffer in _persistent(self.modules[unit])]
+
+    def keys(self, units: Iterable[int]) -> list[tuple[int, str]]:
+        """The trained parameters of these units, in order."""
+        wanted = set(units)
+        return [key for key in self.parameters if key[0] in wanted]
+
     def names(self) -> list[str]:
         """Names of the trained parameters hosted here, in order."""
         return [f"{unit}.{name}" for unit, name in self.parameters]
@@ -339,6 +349,13 @@ def _tried(kind: type[torch.optim.Optimizer], defaults: Mapping[str, Any], like:
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return {}
     return {str(name): value for name, value in optimizer.state[copy].items() if isinstance(value, torch.Tensor)}
+
+
+def kind_of(module: nn.Module) -> str:
+    """What a module's tensors are, as a short text; empty if it has none."""
+    tensors = [(name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters()]
+    tensors += [(name, buffer.shape, buffer.dtype, False) for name, buffer in _persistent(module)]
+    return hashlib.sha256(repr(tensors).encode()).hexdigest()[:12] if tensors else ""
 
 
 def _one_line(error: BaseException) -> str:

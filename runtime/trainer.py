@@ -86,9 +86,15 @@ class Trainer:
       validation, validate_every, validation_microbatches: evaluated inside run() every so many steps.
       stages, replicas: the grid; rank = replica * stages + stage. Default: one pipeline over all ranks.
       split: layers per stage; interleave: chunks per rank; schedule: "1f1b" or "gpipe".
+      swap: every other microbatch visits the first two and the last two of at least 4 stages in reverse, as `holdfast
+        run --recovery neighbours+` asks for. Each function is then called once more on every rank, for its shapes,
+        unless `blocks` tells the first and the last layer of those that are of one kind. shadows: what is before and
+        after these is kept by a second stage too. On one rank `swap` with `stages` gives the order of so many stages.
       snapshot_every: keep the state of every so many steps in memory (1); a failure redoes what is since.
       clip_norm: global gradient norm; autocast: torch.bfloat16 or torch.float16; loss_scale: number or "dynamic";
       skip_nonfinite: leave out updates with infinite or NaN gradients; checkpoint_activations: recompute.
+      neighbours: NeighbourOptions(exponent, clip, lr_factor, lr_decay_steps), the numbers of `holdfast run --recovery
+        neighbours` (docs/RECOVERY.md).
       seed; shuffle; exact: False trades the gradient tree for a plain running sum; state: name -> object with
         state_dict/load_state_dict, captured at each commit and restored with everything else (change them inside
         layers, loss or data, not between steps); device: "cpu" or "cuda".
@@ -212,9 +218,11 @@ class Trainer:
                 # Its traceback holds the broken step's tensors, just when a copy of the state may be needed.
                 self._session.rejoin(self._engine, self._until, error.with_traceback(None))
                 if recovered is not None:
+                    inexact = f"; NOT exact: {self._session.announced}" if self._session.announced else ""
                     recovered.append(
                         f"generation {self._session.generation}: {self._session.reason}; resumed from step "
                         f"{self._engine.step} (was {before}) after {(time.monotonic() - started) * 1e3:.0f} ms"
+                        f"{inexact}"
                     )
 
     def _guarded(self, call: Any) -> None:

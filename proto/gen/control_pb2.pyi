@@ -27,23 +27,32 @@ class RankMessage(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., store_set: _Optional[_Union[StoreSet, _Mapping]] = ..., restored: _Optional[_Union[Restored, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., suspect: _Optional[_Union[Suspect, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("rank", "incarnation", "pid", "host", "world_size", "live_step")
+    __slots__ = ("rank", "incarnation", "pid", "host", "world_size", "live_step", "inexact_since")
     RANK_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     LIVE_STEP_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_SINCE_FIELD_NUMBER: _ClassVar[int]
     rank: int
     incarnation: int
     pid: int
     host: int
     world_size: int
     live_step: int
-    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[int] = ..., world_size: _Optional[int] = ..., live_step: _Optional[int] = ...) -> None: ...
+    inexact_since: int
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[int] = ..., world_size: _Optional[int] = ..., live_step: _Optional[int] = ..., inexact_since: _Optional[int] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("plan", "live_step", "held", "peers", "compute", "joined_ns", "until", "image_bytes", "parity", "disk")
+    __slots__ = ("plan", "live_step", "held", "peers", "compute", "joined_ns", "until", "image_bytes", "parity", "disk", "recovery", "ready_step", "told_step", "units", "inexact_since")
+    class UnitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
     PLAN_FIELD_NUMBER: _ClassVar[int]
     LIVE_STEP_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +63,11 @@ class Join(_message.Message):
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PARITY_FIELD_NUMBER: _ClassVar[int]
     DISK_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_FIELD_NUMBER: _ClassVar[int]
+    READY_STEP_FIELD_NUMBER: _ClassVar[int]
+    TOLD_STEP_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_SINCE_FIELD_NUMBER: _ClassVar[int]
     plan: str
     live_step: int
     held: _containers.RepeatedCompositeFieldContainer[Held]
@@ -64,7 +78,12 @@ class Join(_message.Message):
     image_bytes: int
     parity: _containers.RepeatedCompositeFieldContainer[HeldParity]
     disk: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, plan: _Optional[str] = ..., live_step: _Optional[int] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., peers: _Optional[_Iterable[int]] = ..., compute: _Optional[str] = ..., joined_ns: _Optional[int] = ..., until: _Optional[int] = ..., image_bytes: _Optional[int] = ..., parity: _Optional[_Iterable[_Union[HeldParity, _Mapping]]] = ..., disk: _Optional[_Iterable[int]] = ...) -> None: ...
+    recovery: str
+    ready_step: int
+    told_step: int
+    units: _containers.ScalarMap[int, str]
+    inexact_since: int
+    def __init__(self, plan: _Optional[str] = ..., live_step: _Optional[int] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., peers: _Optional[_Iterable[int]] = ..., compute: _Optional[str] = ..., joined_ns: _Optional[int] = ..., until: _Optional[int] = ..., image_bytes: _Optional[int] = ..., parity: _Optional[_Iterable[_Union[HeldParity, _Mapping]]] = ..., disk: _Optional[_Iterable[int]] = ..., recovery: _Optional[str] = ..., ready_step: _Optional[int] = ..., told_step: _Optional[int] = ..., units: _Optional[_Mapping[int, str]] = ..., inexact_since: _Optional[int] = ...) -> None: ...
 
 class HeldParity(_message.Message):
     __slots__ = ("placement", "stripe", "index", "steps")
@@ -97,14 +116,18 @@ class StoreSet(_message.Message):
     def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ..., gather: _Optional[bool] = ...) -> None: ...
 
 class Restored(_message.Message):
-    __slots__ = ("step", "restored_ns", "sources")
+    __slots__ = ("step", "restored_ns", "sources", "note", "inexact_since")
     STEP_FIELD_NUMBER: _ClassVar[int]
     RESTORED_NS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_SINCE_FIELD_NUMBER: _ClassVar[int]
     step: int
     restored_ns: int
     sources: _containers.RepeatedCompositeFieldContainer[Source]
-    def __init__(self, step: _Optional[int] = ..., restored_ns: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ...) -> None: ...
+    note: str
+    inexact_since: int
+    def __init__(self, step: _Optional[int] = ..., restored_ns: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[Source, _Mapping]]] = ..., note: _Optional[str] = ..., inexact_since: _Optional[int] = ...) -> None: ...
 
 class Source(_message.Message):
     __slots__ = ("rung", "bytes", "pieces")
@@ -173,32 +196,38 @@ class Fence(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Form(_message.Message):
-    __slots__ = ("members", "resume_step", "fresh", "solo", "placement")
+    __slots__ = ("members", "resume_step", "fresh", "solo", "placement", "inexact", "inexact_since")
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     RESUME_STEP_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
     SOLO_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_SINCE_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[Member]
     resume_step: int
     fresh: bool
     solo: bool
     placement: int
-    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., resume_step: _Optional[int] = ..., fresh: _Optional[bool] = ..., solo: _Optional[bool] = ..., placement: _Optional[int] = ...) -> None: ...
+    inexact: str
+    inexact_since: int
+    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., resume_step: _Optional[int] = ..., fresh: _Optional[bool] = ..., solo: _Optional[bool] = ..., placement: _Optional[int] = ..., inexact: _Optional[str] = ..., inexact_since: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("rank", "incarnation", "host", "rung", "peer")
+    __slots__ = ("rank", "incarnation", "host", "rung", "peer", "step")
     RANK_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     RUNG_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     rank: int
     incarnation: int
     host: int
     rung: str
     peer: int
-    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., host: _Optional[int] = ..., rung: _Optional[str] = ..., peer: _Optional[int] = ...) -> None: ...
+    step: int
+    def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., host: _Optional[int] = ..., rung: _Optional[str] = ..., peer: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class StoreAll(_message.Message):
     __slots__ = ("values",)

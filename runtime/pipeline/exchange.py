@@ -3,7 +3,8 @@
 Each holder sends its maximal tree nodes to every other holder; each merges all of them in the tree's order.
 No reduction is ever done by rank order, so the result does not depend on how many replicas there are, nor on
 which microbatches each had. Exchanges run in the order of their first unit on all ranks, and all sends and
-receives of one are posted before any is waited for: they cannot deadlock.
+receives of one are posted before any is waited for: they cannot deadlock. Holders are here those that work on a unit;
+its shadows get the total when all this is over (shadow.py).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def plan_exchanges(plan: Plan, *, exact: bool) -> tuple[Exchange, ...]:
     """All exchanges of a plan, ordered by first unit; units with one holder need none."""
     grouped: dict[tuple[tuple[int, ...], tuple[tuple[Node, ...], ...]], list[int]] = {}
     for unit in range(plan.units):
-        holders = plan.holders(unit)
+        holders = plan.workers(unit)
         if len(holders) < 2:
             continue
         nodes = tuple(
@@ -71,7 +72,7 @@ def exchange(
     *,
     exact: bool,
 ) -> dict[int, Values]:
-    """Total gradient of every unit hosted here, over all microbatches and holders.
+    """Total gradient of every unit worked on here, over all microbatches and holders.
 
     Raises Fenced or PeerLost.
     """
@@ -165,7 +166,7 @@ def exchange_ties(
     The i-th holder of one side pairs with holder i modulo the number of holders of the other.
     """
     for index, tie in enumerate(ties):
-        first, second = plan.holders(tie.first_unit), plan.holders(tie.second_unit)
+        first, second = plan.workers(tie.first_unit), plan.workers(tie.second_unit)
         tag = _TAG_BASE + (1 << 20) + 2 * index
         works, received = [], {}
         for ours, theirs, name, other, offset in (

@@ -96,12 +96,12 @@ class Executor:
         self._parameters = {
             unit: [p for p in module.parameters() if p.requires_grad] for unit, module in modules.items()
         }
+        self._worked = plan.worked(rank)
         self._wire: Wire | None = None
 
     def attach(self, group: Group) -> None:
         """Use `group` from now on; shapes are agreed anew."""
-        hops = max(len(path.hops) for path in self._plan.paths)
-        self._wire = Wire(group, self._plan.microbatches, hops, self._device)
+        self._wire = Wire(group, self._plan, self._device)
 
     def run(self, step: int, source: Source, *, train: bool, loss_scale: float = 1.0) -> Outcome:
         """Run this rank's actions. `train=False`: forward only, in evaluation mode.
@@ -137,7 +137,7 @@ class _Run:
         actions = [a for a in x._schedule.actions if self.train or a.kind == "F"]
         made: Callable[[], DyadicSum | SequentialSum] = DyadicSum if x._numerics.exact else SequentialSum
         if self.train:
-            self.outcome.sums = {unit: made() for unit in x._modules}
+            self.outcome.sums = {unit: made() for unit in x._worked}
         for index, action in enumerate(actions):
             self.post(action, wait=True)
             if index + 1 < len(actions):
@@ -166,7 +166,7 @@ class _Run:
             src, hop = hops[action.hop - 1].rank, action.hop - 1
             if wait:
                 self.x._lease.renew(Phase.WAITING)
-            spec = self.wire.forward_spec(src, hop, wait=wait)
+            spec = self.wire.forward_spec(src, action.microbatch, hop, wait=wait)
             if spec is not None:
                 self.receives[action] = self.wire.receive_forward(spec, src, self.step, action.microbatch, hop)
             return
@@ -228,7 +228,7 @@ class _Run:
             crossing = self.handed.pop(("F", action.microbatch, action.hop))
             requires = [t.requires_grad for t in crossing]
         else:
-            spec = self.wire.forward_spec(previous, action.hop - 1, wait=False)
+            spec = self.wire.forward_spec(previous, action.microbatch, action.hop - 1, wait=False)
             assert spec is not None
             requires = [grad for _, _, grad in spec.tensors]
             crossing = self.received(action)

@@ -11,8 +11,9 @@ Ranks that share microbatches, directly or through others, are ordered together;
 
 * "1f1b", all microbatches meet the same ranks in the same rounds: the classical order, interleaved (as in
   Megatron) when there are several rounds;
-* "1f1b", any other paths (swapped, rerouted, ragged): event-driven list scheduling, nearest to the loss
-  first, then the oldest microbatch, under a limit of forwards in flight at each rank;
+* "1f1b", two orders of the same ranks in turn (swapped): woven (weave.py), if that is about as short as one order;
+* "1f1b", any other paths (rerouted, ragged): event-driven list scheduling, nearest to the loss first, then the
+  oldest microbatch, under a limit of forwards in flight at each rank;
 * "gpipe": the same without limits, and no backward at a rank before its last forward. Backwards run in
   ascending, not in reverse order of microbatches: neighbours meet early in the gradient tree.
 
@@ -41,11 +42,14 @@ from holdfast.proto.errors import ConfigError
 from holdfast.proto.plan import Path, Plan
 
 from .planner import to_ticks
+from .weave import TURN, Stop, weave
 
 EXTRA_IN_FLIGHT = (0, 1, 2, 3, 4)
 """What the greedy planner tries on top of a rank's depth: more activations in memory for less waiting."""
 WORTH_MEMORY = 1.03
 """It takes the least memory within 3 % of the fastest: the last microbatches in flight buy little."""
+WOVEN_MAX = 1.1
+"""A woven order that is longer than this times a chain's 1F1B is left to the greedy planner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,8 @@ def make_schedule(
         elif rounds is not None and not ranks & limits.keys():
             orders.update(_classical(work, *rounds, microbatches))
         else:
-            orders.update(_thrifty(work, plan, ranks, microbatches, limits))
+            woven = None if ranks & limits.keys() else _woven(work, len(ranks), microbatches)
+            orders.update(woven or _thrifty(work, plan, ranks, microbatches, limits))
     starts, ends = _replay(work, orders)
     ranks_done = tuple(_rank_schedule(work, orders[rank], starts, ends) for rank in range(plan.world_size))
     return Schedule(ranks_done, max(ends.values(), default=0) * work.tick)
@@ -335,6 +340,24 @@ def _classical(
             if turn >= warm_up:
                 order += actions(stage, *backwards[turn - warm_up], 1)
     return orders
+
+
+def _woven(work: _Work, ranks: int, microbatches: Sequence[int]) -> dict[int, list[int]] | None:
+    """The woven order, if these paths have one that is worth it."""
+    spans = {m: range(work.first[m], work.first[m + 1]) for m in microbatches}
+    forwards = sorted(work.ticks[2 * visit] for visits in spans.values() for visit in visits)
+    if not forwards:
+        return None
+    # Half of the usual: a stage of fewer layers is none that fits anywhere.
+    brief = forwards[len(forwards) // 2] / 2
+    chains = {m: tuple(Stop(work.rank[v], work.ticks[2 * v] < brief) for v in visits) for m, visits in spans.items()}
+    woven = weave(chains)
+    if woven is None or woven.length > WOVEN_MAX * TURN * (len(microbatches) + ranks - 1):
+        return None
+    return {
+        rank: [2 * (work.first[m] + hop) + backward for m, hop, backward in order]
+        for rank, order in woven.orders.items()
+    }
 
 
 def _thrifty(

@@ -1,8 +1,9 @@
 """Activations and gradients between the ranks of a path: what is sent, under which tag, in which shape.
 
     tag = ((step parity, microbatch, hop), direction, tensor index)     gloo matches by it
-    the first activation of a (sender, receiver, hop) in a generation is preceded by its spec (shapes,
-    dtypes); later ones must match it, and the sender checks: gloo accepts a short message silently.
+    the first activation of a (path, hop) in a generation is preceded by its spec (shapes, dtypes); later ones
+    must match it, and the sender checks: gloo accepts a short message silently. Per path, since two of them may hand
+    on other things at one hop: one an embedding's output, the other a block's.
 
 Gradients need no spec: both ends know the activation. A receive is posted into fresh memory, one action
 ahead, so at most look-ahead + 1 buffers exist per direction.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from holdfast.proto.errors import ConfigError
+from holdfast.proto.plan import Path, Plan
 
 from ..comm.group import Group, Work
 
@@ -70,12 +72,15 @@ class Pending:
 
 
 class Wire:
-    """Transfers of one generation. `specs` are per (peer, hop); dropped with the generation."""
+    """Transfers of one generation. Specs are per path and hop; dropped with the generation."""
 
-    def __init__(self, group: Group, microbatches: int, hops: int, device: torch.device) -> None:
+    def __init__(self, group: Group, plan: Plan, device: torch.device) -> None:
         self._group = group
-        self._microbatches = microbatches
-        self._hops = hops
+        self._microbatches = plan.microbatches
+        self._hops = max(len(path.hops) for path in plan.paths)
+        first: dict[Path, int] = {}
+        self._ways = [first.setdefault(path, microbatch) for microbatch, path in enumerate(plan.paths)]
+        """By microbatch, the first one that has the same path: it stands for the path."""
         self._device = device
         self._sent: dict[tuple[int, int], Spec] = {}
         self._received: dict[tuple[int, int], Spec] = {}
@@ -86,13 +91,13 @@ class Wire:
 
     def send_forward(self, tensors: Tensors, dst: int, step: int, microbatch: int, hop: int) -> Pending:
         """Send the outputs of `hop` to the rank of the next hop."""
-        spec = Spec.of(tensors)
-        known = self._sent.setdefault((dst, hop), spec)
+        spec, way = Spec.of(tensors), self._ways[microbatch]
+        known = self._sent.setdefault((way, hop), spec)
         payload = tuple(t.detach().contiguous() for t in tensors)
         works = []
         if known is spec:
             packed = spec.pack()
-            works.append(self._group.isend(packed, dst, self._tag(0, 0, hop, _SPEC)))
+            works.append(self._group.isend(packed, dst, self._tag(0, way, hop, _SPEC)))
             payload = (*payload, packed)
         elif known != spec:
             raise ConfigError(
@@ -107,13 +112,14 @@ class Wire:
         payload = tuple(g.contiguous() for g in gradients)
         return Pending(self._send(payload, dst, step, microbatch, hop, _BACKWARD), payload)
 
-    def forward_spec(self, src: int, hop: int, *, wait: bool) -> Spec | None:
+    def forward_spec(self, src: int, microbatch: int, hop: int, *, wait: bool) -> Spec | None:
         """What the previous hop (`hop`) on `src` hands on; received once per generation."""
-        spec = self._received.get((src, hop))
+        way = self._ways[microbatch]
+        spec = self._received.get((way, hop))
         if spec is None and wait:
             message = torch.empty(SPEC_BYTES, dtype=torch.uint8)
-            self._group.wait(self._group.irecv(message, src, self._tag(0, 0, hop, _SPEC)))
-            spec = self._received[(src, hop)] = Spec.unpack(message)
+            self._group.wait(self._group.irecv(message, src, self._tag(0, way, hop, _SPEC)))
+            spec = self._received[(way, hop)] = Spec.unpack(message)
         return spec
 
     def receive_forward(self, spec: Spec, src: int, step: int, microbatch: int, hop: int) -> Pending:

@@ -39,18 +39,26 @@ class Report:
     """Slot -> steps wholly copied there, of the snapshot manager of this rank's host."""
     disk: frozenset[int] = frozenset()
     """Steps of the job's checkpoints that this rank can read."""
+    ready_step: int = int(NO_STEP)
+    """The step whose gradients it has final but could not commit: it was cut off at the step's barrier."""
+    told_step: int = int(NO_STEP)
+    """The step of which it knows what the barrier told, and can tell others."""
+    units: Mapping[int, str] = field(default_factory=dict)
+    """Units hosted -> their kind (neighbours.Layout); empty in jobs that recover exactly or not at all."""
 
 
-Rung = Literal["live", "peer", "snapshot", "parity", "disk"]
+Rung = Literal["live", "peer", "snapshot", "parity", "disk", "ready", "stale", "neighbours"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a rank gets its state: its own memory, its host's snapshot manager, the memory of rank `peer`, what its
-    host rebuilds from snapshots and parity on other hosts ("parity"), or a checkpoint ("disk")."""
+    host rebuilds from snapshots and parity on other hosts ("parity"), or a checkpoint ("disk"). Without checkpoints
+    (ladder.py) also: the step that it has ready ("ready"), a snapshot of older `step` ("stale"), or other stages."""
 
     rung: Rung
     peer: int = -1
+    step: int = int(NO_STEP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +72,12 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Impossible:
-    """No step is complete; `missing` names, for the newest step seen, the ranks without a source."""
+    """No step is complete; `missing` names, for the newest step seen, the ranks without a source; `why`, if something
+    is to be said beside that."""
 
     newest: int
     missing: tuple[int, ...]
+    why: str = ""
 
 
 Reachable = Mapping[int, frozenset[int]]

@@ -29,7 +29,7 @@ from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
 from ..arenas import DTYPES
-from ..member import Formed
+from ..joining import Formed
 from ..origin import optimizer_kind, origin, replica_of, unchanging
 from .remap import Old, compose
 
@@ -152,7 +152,7 @@ class Checkpoints:
     def _tensors(self, reader: Reader, old: Old) -> dict[tuple[str, str], torch.Tensor]:
         """Every tensor that this rank's state consists of, by our names."""
         engine, checkpoint = self._engine, reader.checkpoint
-        replica, same = replica_of(engine), old.replicas == len(engine.plan.holders(0))
+        replica, same = replica_of(engine), old.replicas == len(engine.plan.workers(0))
         states = old.states_by_name
         wanted: dict[tuple[str, str], TensorState] = {}
         for entry in engine.state.entries():

@@ -23,9 +23,11 @@ from holdfast.proto.lease import PAGE_BYTES, LeasePage, Phase
 from ..comm.group import Backend, Group
 from ..comm.reaper import Reaper
 from ..inject import Injector
+from ..joining import Identity, JoinReport
 from ..lease import Lease
-from ..member import AgentLink, Identity, JoinReport, Member
-from .peer import transfer_state
+from ..member import AgentLink, Member
+from .ladder import MODES, Mode
+from .rebuild import restore_state
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -58,7 +60,7 @@ def identity_from_environment() -> Identity:
         smp=get(env.SMP, ""),
         coordinator=get(env.COORDINATOR, ""),
         faults=get(env.FAULTS, ""),
-        snapshots=get("HOLDFAST_SNAPSHOTS", "on") != "off",
+        snapshots=get(env.SNAPSHOTS, "on") != "off",
         host=int(get(env.HOST, "0")),
         address=get(env.ADDRESS, "127.0.0.1"),
         protector=get(env.PROTECTOR, ""),
@@ -66,7 +68,16 @@ def identity_from_environment() -> Identity:
         checkpoints=get(env.CHECKPOINTS, ""),
         resume=get(env.RESUME, ""),
         zero=get(env.ZERO, ""),
+        recovery=_mode(get(env.RECOVERY, "exact")),
+        snapshot_every=int(get(env.SNAPSHOT_EVERY, "0")),
     )
+
+
+def _mode(text: str) -> Mode:
+    for mode in MODES:
+        if text == mode:
+            return mode
+    raise ConfigError(f"{env.RECOVERY} is one of {', '.join(MODES)}, got {text!r}")
 
 
 class Session:
@@ -79,6 +90,8 @@ class Session:
         self.generation = 0
         self.reason = ""
         self.solo = False
+        self.announced = ""
+        """What is not exact about the newest generation; empty if it is."""
         self._member = member
         self._group: Group | None = None
         self._backend: Backend | None = None
@@ -189,18 +202,22 @@ class Session:
             image_bytes=engine.snapshots.image_bytes(),
             parity=engine.snapshots.held_parity(),
             disk=engine.checkpoints.steps(),
+            recovery=engine.forward.mode,
+            ready_step=engine.forward.ready_step,
+            told_step=engine.forward.told_step,
+            units=engine.kinds() if engine.forward.on else {},
+            inexact_since=engine.forward.since,
         )
         formed = member.join(generation, report)
         self.lease.renew(Phase.RECOVERING)
         self.solo = formed.solo
         group = None if formed.solo else self._build(generation, engine.step)
         self.injector.at("restore", engine.step)
-        sources = engine.snapshots.restore(formed) + engine.checkpoints.restore(formed)
-        if group is not None:
-            self.lease.renew(Phase.WAITING)
-            sources += transfer_state(engine, group, formed)
-            self.lease.renew(Phase.RECOVERING)
-        member.restored(generation, formed.resume_step, sources)
+        restored = restore_state(engine, group, formed, self.lease)
+        self.announced = formed.inexact
+        member.restored(
+            generation, formed.resume_step, restored.sources, note=restored.note, since=engine.forward.since
+        )
         self.lease.joined(generation, formed.resume_step)
         if group is not None:
             engine.attach(group)

@@ -114,7 +114,7 @@ class Old:
 
     def nearest(self, engine: Engine) -> int:
         """The slot whose generators and user's objects this rank takes."""
-        hosted = engine.plan.hosted(engine.rank)
+        hosted = engine.plan.worked(engine.rank)
         replica = replica_of(engine)
         holders = [s for s, meta in self.slots.items() if hosted and hosted[-1] in meta["origin"]["hosted"]]
         same = [slot for slot in holders if self.slots[slot]["origin"]["replica"] == replica]
@@ -141,6 +141,7 @@ def compose(engine: Engine, old: Old, read: Callable[[str, str], torch.Tensor]) 
     }
     meta.pop("groups", None)
     meta.pop("scheduler", None)
+    meta["lossy"] = _lossy(old, engine.plan.hosted(engine.rank))
     if engine.state.optimizer is not None:
         pairs = _pairs(engine, old)
         meta["groups"] = [old.slots[slot]["groups"][index] for slot, index in pairs]
@@ -151,6 +152,14 @@ def compose(engine: Engine, old: Old, read: Callable[[str, str], torch.Tensor]) 
             meta["scheduler"] = merge_scheduler(schedulers, pairs)
     resolved: dict[str, Any] = _resolve(meta, read)
     return resolved
+
+
+def _lossy(old: Old, hosted: Sequence[int]) -> dict[str, Any]:
+    """What of the old run was not exact (forward.py), and which of the units hosted now were rebuilt in it."""
+    found = [meta["lossy"] for meta in old.slots.values() if "lossy" in meta]
+    since = min((lossy["since"] for lossy in found if lossy["since"]), default=0)
+    rebuilt = {unit: step for lossy in found for unit, step in lossy["rebuilt"].items() if int(unit) in hosted}
+    return {"since": since, "rebuilt": rebuilt}
 
 
 def _scalars(old: Old, name: str) -> Any:

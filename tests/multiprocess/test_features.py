@@ -128,6 +128,23 @@ def test_tied_bf16_checkpointed_interleaved_chunks_end_as_one_process_does(tmp_p
     assert_equal(run, reference)
 
 
+def test_swapped_stages_and_their_shadows_end_as_one_process_in_the_same_order_does(tmp_path: Path) -> None:
+    """Tied edges, dropout, clipping, a buffer, a parameter without gradient; kills of workers and of shadows.
+
+    Ended.state() compares what several ranks hold: here the edges' weights, moments and buffer.
+    """
+    faults = [
+        "rank=1,step=2,at=backward:1,kind=kill",
+        "rank=3,step=4,at=applied,kind=kill",
+    ]
+    run = check(tmp_path, 4, "swapped", faults, steps=6)
+    held = run.state_by_rank()
+    for rank, name in ((0, "0.weight"), (1, "0.weight@exp_avg_sq"), (2, "6.words@exp_avg"), (3, "6.seen")):
+        assert f"rank-{rank}.safetensors {name}" in held
+    assert run.state()["6.seen"] == 6 * 6
+    assert not torch.equal(run.state()["0.weight@exp_avg"], torch.zeros(16, 8))
+
+
 def test_kills_at_the_edges_and_of_many_ranks_at_once(tmp_path: Path) -> None:
     """First step, between steps, two, three and four ranks at once, and the last step after its update."""
     faults = ["rank=0,step=1,at=forward:0,kind=kill"]

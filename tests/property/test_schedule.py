@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -23,6 +23,8 @@ from holdfast.runtime.pipeline.schedule import (
     send_order,
     sends,
 )
+from holdfast.runtime.pipeline.swap import swap_costs, swapped_plan
+from holdfast.runtime.pipeline.weave import Stop, weave
 
 thorough = settings(derandomize=True, deadline=None, max_examples=120)
 
@@ -91,8 +93,23 @@ def any_paths(draw: st.DrawFn) -> Plan:
     return Plan(world_size, units, tuple(paths), draw(st.sampled_from(["1f1b", "gpipe"])))
 
 
+@st.composite
+def checkfree_plus(draw: st.DrawFn) -> Plan:
+    stages, replicas = draw(st.integers(4, 8)), draw(st.integers(1, 2))
+    before, blocks, after = draw(st.integers(0, 2)), draw(st.integers(stages, 2 * stages)), draw(st.integers(0, 2))
+    return swapped_plan(
+        units=before + blocks + after,
+        blocks=range(before, before + blocks),
+        stages=stages,
+        replicas=replicas,
+        microbatches=draw(st.integers(2 * replicas, 14)),
+        schedule=draw(st.sampled_from(["1f1b", "gpipe"])),
+        shadows=draw(st.booleans()),
+    )
+
+
 swaps = st.builds(swapped, st.integers(4, 7), st.integers(1, 12), alternate=st.booleans())
-plans = st.one_of(grids(), uneven_replicas(), swaps, any_paths())
+plans = st.one_of(grids(), uneven_replicas(), swaps, checkfree_plus(), any_paths())
 
 
 @st.composite
@@ -141,14 +158,14 @@ def test_messages_of_every_pair_of_ranks_are_received_in_the_order_they_are_sent
     assert counted == 2 * crossings
 
 
-def clock(plan: Plan, schedule: Schedule, costs: Mapping[str, int]) -> dict[Action, tuple[int, int]]:
+def clock(plan: Plan, schedule: Schedule, cost: Callable[[Action], float]) -> dict[Action, tuple[float, float]]:
     """(start, end) of every action when each list runs as soon as it can, the slow and obvious way."""
-    times: dict[Action, tuple[int, int]] = {}
+    times: dict[Action, tuple[float, float]] = {}
     total = sum(len(mine.actions) for mine in schedule.ranks)
     while len(times) < total:
         known = len(times)
         for mine in schedule.ranks:
-            free = 0
+            free = 0.0
             for action in mine.actions:
                 kind, m, hop = action.kind, action.microbatch, action.hop
                 last = len(plan.paths[m].hops) - 1
@@ -159,7 +176,7 @@ def clock(plan: Plan, schedule: Schedule, costs: Mapping[str, int]) -> dict[Acti
                 if any(need not in times for need in needs):
                     break
                 start = max([free, *(times[need][1] for need in needs)])
-                times[action] = start, start + costs[kind]
+                times[action] = start, start + cost(action)
                 free = times[action][1]
         assert len(times) > known, "deadlock"
     return times
@@ -171,7 +188,7 @@ def test_a_send_is_reaped_at_the_first_action_that_starts_after_it_was_consumed(
     plan: Plan, costs: dict[str, int]
 ) -> None:
     schedule = make_schedule(plan, forward_cost=costs["F"], backward_cost=costs["B"])
-    times = clock(plan, schedule, costs)
+    times = clock(plan, schedule, lambda action: costs[action.kind])
     assert schedule.makespan == max((end for _, end in times.values()), default=0)
     for rank, mine in enumerate(schedule.ranks):
         expected: list[list[int]] = [[] for _ in mine.actions]
@@ -365,6 +382,92 @@ def test_swapped_halves_of_four_as_a_trace() -> None:
         "F2.2 F0.3 B0.3 B2.2 F3.2 F1.3 B1.3 B3.2",
     ]
     assert schedule.makespan == 18
+
+
+# ---- the woven orders
+
+
+def woven(stages: int, microbatches: int, replicas: int = 1) -> tuple[Plan, tuple[float, ...]]:
+    """A CheckFree+ plan of one block a stage, and its units' costs."""
+    blocks = range(1, stages + 1)
+    plan = swapped_plan(
+        units=stages + 2, blocks=blocks, stages=stages, replicas=replicas, microbatches=microbatches * replicas
+    )
+    return plan, swap_costs(stages + 2, blocks)
+
+
+@pytest.mark.parametrize(
+    ("stages", "microbatches"), [(4, 8), (4, 16), (4, 17), (5, 16), (6, 16), (6, 24), (8, 32), (12, 24), (12, 48)]
+)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_swapped_stages_cost_at_most_a_twentieth_over_1f1b_with_two_more_in_flight(
+    stages: int, microbatches: int, replicas: int
+) -> None:
+    plan, costs = woven(stages, microbatches, replicas)
+    schedule = make_schedule(plan, unit_costs=costs)
+    check(plan, schedule)
+    assert schedule.makespan <= 1.0501 * 3 * (microbatches + stages - 1)
+    edges = {0, stages + 1}
+    for mine in schedule.ranks:
+        held = accumulate(
+            (1 if a.kind == "F" else -1) * (not edges.issuperset(plan.paths[a.microbatch].hops[a.hop].units))
+            for a in mine.actions
+        )
+        assert max(held) <= stages + 2
+
+
+@pytest.mark.parametrize("head", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("backward_cost", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("stages", [4, 6])
+def test_the_woven_order_holds_on_costs_that_it_was_not_made_for(
+    stages: int, backward_cost: float, head: float
+) -> None:
+    plan, costs = woven(stages, 16)
+    chain = grid_plan(units=stages + 2, stages=stages, replicas=1, microbatches=16, split=[2, *[1] * (stages - 2), 2])
+    true = [0.02, *[1.0] * stages, head]
+
+    def takes(which: Plan) -> float:
+        def cost(action: Action) -> float:
+            units = which.paths[action.microbatch].hops[action.hop].units
+            return sum(true[unit] for unit in units) * (backward_cost if action.kind == "B" else 1.0)
+
+        times = clock(which, make_schedule(which, unit_costs=costs), cost)
+        return max(end for _, end in times.values())
+
+    assert takes(plan) <= 1.05 * takes(chain)
+
+
+def test_four_swapped_stages_as_a_trace() -> None:
+    plan, costs = woven(4, 4)
+    schedule = make_schedule(plan, unit_costs=costs)
+    assert [" ".join(map(str, mine.actions)) for mine in schedule.ranks] == [
+        "F1.0 F0.0 F1.2 F3.0 F2.0 F3.2 B1.2 B0.0 B1.0 B3.2 B2.0 B3.0",
+        "F1.1 F0.1 F3.1 F2.1 B0.1 B1.1 B2.1 B3.1",
+        "F0.2 F1.4 B1.4 B0.2 F2.2 F3.4 B3.4 B2.2",
+        "F1.3 F0.3 F1.5 B1.5 B0.3 B1.3 F3.3 F2.3 F3.5 B3.5 B2.3 B3.3",
+    ]
+    assert schedule.makespan == pytest.approx(18)
+
+
+@thorough
+@given(st.permutations(range(5)), st.permutations(range(5)), st.lists(st.booleans(), min_size=1, max_size=12))
+def test_any_two_orders_of_the_same_ranks_weave_into_a_sound_schedule_or_none(
+    a: list[int], b: list[int], turns: list[bool]
+) -> None:
+    ways = [Path(tuple(Hop(rank, (unit,)) for unit, rank in enumerate(order))) for order in (a, b)]
+    plan = Plan(5, 5, tuple(ways[turn] for turn in turns))
+    check(plan, make_schedule(plan))
+    made = weave({m: tuple(Stop(hop.rank) for hop in path.hops) for m, path in enumerate(plan.paths)})
+    assert made is None or {r: len(order) for r, order in made.orders.items()} == dict.fromkeys(
+        range(5), 2 * len(turns)
+    )
+
+
+@pytest.mark.parametrize(
+    "ways", [["0123"], ["0123", "1032", "0132"], ["0123", "0122"], ["0123", "0124"], ["0123", "012"]]
+)
+def test_what_is_not_two_orders_of_the_same_ranks_is_not_woven(ways: list[str]) -> None:
+    assert weave({m: tuple(Stop(int(rank)) for rank in ways[m % len(ways)]) for m in range(6)}) is None
 
 
 def test_an_interleaved_plan_under_limits_is_near_the_time_of_megatrons() -> None:

@@ -69,6 +69,24 @@ class Shift(nn.Module):
         return (x + 1) % WORDS
 
 
+class Tally(nn.Module):
+    """A head tied to the embedding, with a buffer that its forward changes and a parameter that nothing uses."""
+
+    holdfast_ties = {"words": (0, "weight")}  # noqa: RUF012
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Parameter(torch.rand(WORDS, DIM))
+        self.unused = nn.Parameter(torch.rand(3))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += 1
+        return h @ self.words.T
+
+
 class Widen(nn.Module):
     """Hands on 8 MB, far beyond what sockets buffer: a peer that dies leaves them half sent."""
 
@@ -189,6 +207,17 @@ def case(name: str) -> dict[str, Any]:
             "validation": Augmented(),
             "validate_every": 4,
             "validation_microbatches": 3,
+        }
+    if name == "swapped":
+        return plain | {
+            "layers": [lambda: nn.Embedding(WORDS, DIM), *[body] * 5, Tally],
+            "clip_norm": 0.05,
+            "validation": Augmented(),
+            "validate_every": 4,
+            "validation_microbatches": 3,
+            "stages": 4,
+            "swap": True,
+            "shadows": True,
         }
     if name == "large":
         return plain | {"layers": [lambda: nn.Embedding(WORDS, DIM), Widen, body, Narrow, head], "microbatches": 3}
