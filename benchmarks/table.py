@@ -84,8 +84,8 @@ class Report:
         took = time.monotonic() - self._began
         command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_files(sys.argv[1:])])
         where = f"{machine()}. {time.strftime('%Y-%m-%d')}; {took:.0f} s; load before {self._load}, after {load()}."
-        code = "\n".join(("```json", *self._lines, "```"))
-        parts = [f"## {self._title}", f"`{command}`", where, *self._tables, code]
+        code = ["\n".join(("```json", *self._lines, "```"))] if self._lines else []
+        parts = [f"## {self._title}", f"`{command}`", where, *self._tables, *code]
         with self._path.open("a") as file:
             file.write("\n\n".join(parts) + "\n\n")
 
