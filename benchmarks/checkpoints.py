@@ -168,11 +168,13 @@ def flat(setting: Setting) -> Iterator[Line]:
             spent[scale].append(setting.command("convert", source, target))
     settle(target)
     sizes = {f"scale {scale}": {what: of(rounds, what) for what in FIGURES} for scale, rounds in spent.items()}
-    grown = sizes["scale 4"]["rss"]["median"] / sizes["scale 1"]["rss"]["median"]
+    grown = (sizes["scale 4"]["rss"]["median"] - sizes["scale 1"]["rss"]["median"]) * 1e6
+    added = warm(sources[4]) - warm(sources[1])
     yield {
         "claim": "memory of ZeRO-2 to universal when the model grows 4x",
         "sizes": sizes,
-        "goals": {"memory": goal(grown, 1.15, at_least=False)},
+        # Names, places and digests are held, and nothing else: a few bytes for each thousand of the model.
+        "goals": {"memory per byte added": goal(grown / added, 0.005, at_least=False)},
     }
 
 
@@ -259,7 +261,11 @@ def load(setting: Setting) -> Iterator[Line]:
     line: Line = {side: spread(seconds) for side, seconds in spent.items()}
     ratios = {f"over_{peer}": over(spent["ours"], spent[peer]) for peer in ("torch", "safetensors", "dcp", "bare")}
     ratios["two_jobs_over_torch"] = over(spent["ours_2_jobs"], spent["torch"])
-    goals = {"torch, 2 threads": goal(ratios["two_jobs_over_torch"]["ratio"], 1.5, at_least=True)}
+    ratios["in_place_over_torch"] = over(spent["ours_in_place"], spent["torch_in_place"])
+    goals = {
+        "torch, 2 threads": goal(ratios["two_jobs_over_torch"]["ratio"], 1.5, at_least=True),
+        "torch, into a model": goal(ratios["in_place_over_torch"]["ratio"], 1.5, at_least=True),
+    }
     yield {"claim": "full verified load of 0.5 GB, warm", "seconds": line, **ratios, "goals": goals}
 
 

@@ -2,6 +2,7 @@
 
     save     our writer: digests, fsync    safetensors + fsync    torch.save + fsync    DCP (fsyncs)    bare pwrite
     load     our Reader, verifying         torch.load             safetensors           DCP             bare preadv
+             into new memory; and into tensors that are there, which torch.load needs a copy for
     verify   every chunk against its digest                       the same files, bare preadv, as many threads
 
 Every save is to a new name on a disk that has nothing left to write; every load is of warm files into new memory, and
@@ -144,10 +145,20 @@ def saves(work: Path) -> Sides:
 def load_ours(path: Path, jobs: int) -> dict[str, torch.Tensor]:
     kinds = {name: kind for kind, name in DTYPES.items()}
     with Reader(open_checkpoint(path), jobs=jobs) as reader:
-        return {
-            name: torch.frombuffer(reader.read(name, state), dtype=kinds[tensor.dtype]).reshape(tensor.shape)
-            for (name, state), tensor in reader.checkpoint.states.items()
-        }
+        found = {n: torch.empty(t.shape, dtype=kinds[t.dtype]) for (n, _), t in reader.checkpoint.states.items()}
+        reader.read_many((name, "weight", None, raw(tensor)) for name, tensor in found.items())
+    return found
+
+
+def into_ours(path: Path, live: dict[str, torch.Tensor]) -> None:
+    """Into a model that is there, as a job that resumes does it."""
+    with Reader(open_checkpoint(path), jobs=2) as reader:
+        reader.read_many((name, "weight", None, raw(tensor)) for name, tensor in live.items())
+
+
+def into_torch(path: Path, live: dict[str, torch.Tensor]) -> None:
+    for name, tensor in torch.load(path, weights_only=True).items():
+        live[name].copy_(tensor)
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -186,6 +197,21 @@ def loads(work: Path) -> Sides:
         "dcp": lambda: load_dcp(paths["dcp"], tensors),
         "bare": lambda: load_bare(paths["bare"], tensors),
     }
+    into = {"ours_in_place": ("ours", into_ours), "torch_in_place": ("torch", into_torch)}
+
+    def in_place(side: str) -> float:
+        source, act = into[side]
+
+        def timed() -> float:
+            live = {name: torch.full_like(tensor, 7) for name, tensor in tensors.items()}
+            started = time.perf_counter()
+            act(paths[source], live)
+            spent = time.perf_counter() - started
+            assert all(torch.equal(tensors[name], live[name]) for name in tensors), side
+            return spent
+
+        warm(paths[source])
+        return apart(timed)
 
     def one(side: str) -> float:
         def timed() -> float:
@@ -201,7 +227,8 @@ def loads(work: Path) -> Sides:
         compared.add(side)
         return spent
 
-    return {side: lambda side=side: one(side) for side in sides}
+    timed = {side: lambda side=side: one(side) for side in sides}
+    return timed | {side: lambda side=side: in_place(side) for side in into}
 
 
 # ---- verification -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -89,8 +89,8 @@ def _facts(
         slabs = [replace(s, chunk_bytes=s.chunk_bytes or chunk_bytes_for(s.nbytes), digests=()) for _, _, s in members]
         found = [[""] * slab.chunks for slab in slabs]
 
-        def note(index: int, chunk: int, offset: int, nbytes: int, value: str) -> None:
-            found[index][chunk] = value
+        def note(index: int, first: int, edges: Sequence[int], digests: list[str]) -> None:
+            found[index][first : first + len(digests)] = digests
 
         def advance(nbytes: int) -> None:
             nonlocal done

@@ -21,22 +21,11 @@ from .disk import explained
 from .errors import CorruptError, IncompleteError
 
 OPEN_MAX: Final = 128
-HUGE_BYTES: Final = 2 << 20
 
 
 def block(nbytes: int) -> memoryview:
-    """Fresh memory to read into: private, page-aligned, in huge pages where the system has some to give.
-
-    A page fault for every 4 KiB takes longer than to read what is in the page cache. Not for small sizes.
-    """
-    huge = nbytes // HUGE_BYTES * HUGE_BYTES
-    # The kernel aligns mappings of whole huge pages only. What lies behind `nbytes` is never touched.
-    length = -(-nbytes // HUGE_BYTES) * HUGE_BYTES if huge else nbytes
-    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge:
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE, 0, huge)
-    return memoryview(memory)[:nbytes]
+    """Memory to read into again and again: private, page-aligned, and touched only where it is used."""
+    return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class _Open:
@@ -95,7 +84,8 @@ class Files:
         """Fill `out`, a writable byte buffer, from byte `offset` of the file."""
         view = memoryview(out)
         done = reads = 0
-        with self.lease(path) as fd, explained(self.root / path, "reading a checkpoint"):
+        # Text, not a Path: to put one together takes as long as to read 100 KiB.
+        with self.lease(path) as fd, explained(f"{self.root}/{path}", "reading a checkpoint"):
             while done < view.nbytes:
                 got = os.preadv(fd, [view[done:]], offset + done)
                 reads += 1

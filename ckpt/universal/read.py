@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 from .chunks import Codec, digest, stored_offsets
 from .convert import convert
 from .errors import CorruptError, IncompleteError, UsageError
-from .files import HUGE_BYTES, Files, block
+from .files import Files, block
 from .geometry import Copy, is_flat, region_size, taken
 from .model import ITEM_BYTES, Checkpoint, Region, Slab, TensorState
 from .strided import copy as strided_copy
@@ -315,7 +315,9 @@ def _parts(region: Region | None, tensor: TensorState, size: int) -> Iterator[Re
 def buffer(out: Any, nbytes: int, tensor: TensorState) -> memoryview:
     """`out` as bytes to fill, or new ones; UsageError if it is not what a read fills."""
     if out is None:
-        out = block(nbytes) if nbytes >= HUGE_BYTES else bytearray(nbytes)
+        import numpy
+
+        out = numpy.empty(nbytes, numpy.uint8)  # a bytearray would be zeroed first
     view = memoryview(out)
     if view.nbytes != nbytes or view.readonly or not view.c_contiguous:
         raise UsageError(

@@ -237,7 +237,7 @@ class Stage:
         if not size:
             return
         plain = plain.cast("B")
-        with explained(self.folder / members[0].slab.span.file, "writing a checkpoint"):
+        with explained(f"{self.folder}/{members[0].slab.span.file}", "writing a checkpoint"):
             for member in members:
                 for copy in given(region, member.slab, tensor.shape):
                     self._put_copy(member, copy, plain, item)
