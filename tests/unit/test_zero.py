@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -339,13 +340,20 @@ def test_what_is_tried_says_which_states_are_cut_and_a_rate_that_begins_at_zero_
 
 @pytest.mark.parametrize(("script", "option", "chosen"), [(None, "", 0), (1, "", 1), (None, "1", 1), (0, "0", 0)])
 def test_the_script_and_the_command_may_both_choose(script: int | None, option: str, chosen: int) -> None:
-    assert config(zero=script).with_zero(option).zero == chosen
+    assert config(zero=script).with_zero(option, "exact").zero == chosen
 
 
 def test_a_script_and_a_command_that_disagree_are_refused() -> None:
     for script, option in ((1, "0"), (0, "1")):
         with pytest.raises(ConfigError, match=f"the script says zero={script} and the command --zero {option}"):
-            config(zero=script).with_zero(option)
+            config(zero=script).with_zero(option, "exact")
+
+
+@pytest.mark.parametrize("mode", ["neighbours", "neighbours+", "stale", "auto"])
+def test_moments_that_only_a_lost_rank_had_are_refused_where_recovery_would_need_anothers(mode: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"--recovery {mode} does not go with ZeRO-1")):
+        config(zero=1).with_zero("", mode)
+    assert config().with_zero("", mode).zero == 0
     with pytest.raises(ConfigError, match="zero is 0 or 1"):
         config(zero=2)
 
