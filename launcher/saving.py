@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-dir",
         default="",
         metavar="DIR",
-        help="write checkpoints to DIR/step-NNNNNNNN, in the background; several hosts: a folder that all of them share",
+        help="write checkpoints to DIR/step-NNNNNNNN, in the background; several hosts: a folder that all share",
     )
     add("--checkpoint-every", type=int, default=1000, metavar="N", help="steps between two of them (default 1000)")
     add("--checkpoint-keep", type=int, default=3, metavar="N", help="the newest that are kept (default 3)")
