@@ -157,6 +157,9 @@ class Membership:
             # The log lost its tail; the ranks know better.
             self.generation = generation
         if self.state is State.FORMING:
+            if generation and generation == self.generation:
+                # Another coordinator formed it: the rank will not join it again, and not all may be in it.
+                return self._begin(now_ns, f"rank {rank} comes from a generation of another coordinator")
             return [Fence(self.generation, "joining", (rank,))] if self.generation else self._begin(now_ns, "start")
         if newer or self.members.get(rank) != incarnation or generation != self.generation:
             return self._begin(now_ns, f"rank {rank} joins")
@@ -285,7 +288,7 @@ class Membership:
         mismatch = _mismatch(self._joins)
         if mismatch:
             return [StopJob(2, mismatch)]
-        decision = self._decide(self._joins)
+        decision = self._decide(self._joins, solo=bool(finished))
         if isinstance(decision, Impossible):
             return [StopJob(1, self._why_lost(decision))]
         if decision.fresh and (self.step > 0 or any(joined.incarnation for joined in self._joins.values())):
@@ -315,15 +318,13 @@ class Membership:
             "solo": bool(finished),
         }
         joins, self._joins = self._joins, {}
-        return [
-            Record(formed),
-            *self._before_form(joins),
-            Form(self.generation, members, decision.step, decision.fresh, bool(finished), ranks, self.placement),
-        ]
+        actions = [Record(formed), *self._before_form(joins)]
+        form = Form(self.generation, members, decision.step, decision.fresh, bool(finished), ranks, self.placement)
+        return [*actions, *self._send(now_ns, form)]
 
-    def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
+    def _decide(self, joins: Mapping[int, Joined], *, solo: bool) -> Resume | Impossible:
         """The step to resume from, and everybody's source."""
-        return decide_resume([joins[rank].report for rank in sorted(joins)])
+        return decide_resume([joins[rank].report for rank in sorted(joins)], solo=solo)
 
     def _why_lost(self, decision: Impossible) -> str:
         """One line for a job that has nothing to resume from."""
@@ -334,9 +335,14 @@ class Membership:
         )
 
     def _before_form(self, joins: Mapping[int, Joined]) -> list[Action]:
-        """What others must hear before the ranks go on."""
+        """What is decided together with it."""
         del joins
         return []
+
+    def _send(self, now_ns: int, form: Form) -> list[Action]:
+        """Have the ranks go on, now or when others have heard what they must."""
+        del now_ns
+        return [form]
 
     def _recovered(self, recovery: Recovery, step: int, committed_ns: int) -> list[Action]:
         self._recovery = None

@@ -126,10 +126,11 @@ def _write(disk: Disk, target: Path, texts: dict[str, bytes], manifest: bytes) -
         with explained(target, "writing a manifest"):
             disk.mkdir(folder)
             disk.mkdir(folder / "state")
-            for path, data in texts.items():
-                disk.write_file(folder / path, data)
-            disk.write_file(folder / MANIFEST, manifest)
-            disk.write_file(folder / COMMIT, commit_bytes(manifest))
+            files = {**texts, MANIFEST: manifest, COMMIT: commit_bytes(manifest)}
+            for path, data in files.items():
+                disk.write_file(folder / path, data, sync=False)
+            for path in files:
+                disk.fsync_file(folder / path)
             disk.fsync_directory(folder / "state")
             disk.fsync_directory(folder)
             disk.rename(folder, target)

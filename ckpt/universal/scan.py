@@ -1,6 +1,6 @@
 """One sequential pass over a file: the digest of every chunk in it, and of the bytes between the slabs.
 
-    |header|chunk|chunk|chunk .. |gap|chunk ..|        runs of neighbours are read together, up to 8 MiB
+    |header|chunk|chunk|chunk .. |gap|chunk ..|        runs of neighbours are read together, up to 2 MiB
      rest   ────── on_chunk ─────  rest
 
 Adopting computes digests with it, verifying compares them. Reading and digesting are spread over `jobs`
@@ -14,16 +14,16 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import xxhash
 
 from .chunks import digest, stored_offsets
-from .files import Files
+from .files import Files, block
 from .model import Slab
 
-RUN_BYTES: Final = 8 << 20
+RUN_BYTES: Final = 2 << 20
+"""What a core keeps in its own cache between reading and digesting: larger runs go to memory and back."""
 
 OnChunk = Callable[[int, int, int, int, str], None]
 """Index of the slab, of the chunk, offset in the file, bytes, digest. Called from any thread."""
@@ -73,8 +73,8 @@ def scan(
         base = parts[0][0]
         total = parts[-1][0] + parts[-1][1] - base
         if not hasattr(local, "memory") or local.memory.nbytes < total:
-            local.memory = np.empty(max(RUN_BYTES, total), np.uint8).data
-        memory: Any = local.memory
+            local.memory = block(max(RUN_BYTES, total))
+        memory: memoryview = local.memory
         files.read_into(path, base, memory[:total])
         for offset, nbytes, slab, chunk in parts:
             on_chunk(slab, chunk, offset, nbytes, digest(memory[offset - base : offset - base + nbytes]))

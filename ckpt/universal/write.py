@@ -139,7 +139,7 @@ class Writer:
         validate(checkpoint)
         manifest = encode(checkpoint, parents=details.parents)
         with explained(self.target, "committing a checkpoint"):
-            self._sync_folders({**facts, **self._extra})
+            self._sync({**facts, **self._extra})
             disk.write_file(stage.folder / MANIFEST, manifest, sync=self.options.fsync)
             disk.write_file(stage.folder / COMMIT, commit_bytes(manifest), sync=self.options.fsync)
             if self.options.fsync:
@@ -165,13 +165,17 @@ class Writer:
         with explained(full, "writing a checkpoint"):
             for folder in reversed(Path(path).parents[:-1]):
                 self._disk.mkdir(stage.folder / folder)
-            self._disk.write_file(full, data, sync=self.options.fsync)
+            self._disk.write_file(full, data, sync=False)  # commit() makes all of them durable
         self._extra[path] = FileFacts(len(data), digest(data))
 
-    def _sync_folders(self, files: Iterable[str]) -> None:
+    def _sync(self, files: Iterable[str]) -> None:
+        """The payload is durable already: its stage, or its hosts, saw to that."""
         if self.options.fsync:
-            for folder in sorted({folder for path in files for folder in Path(path).parents}, reverse=True):
-                self._disk.fsync_directory(self._filled().folder / folder)
+            folder = self._filled().folder
+            for path in self._extra:
+                self._disk.fsync_file(folder / path)
+            for inner in sorted({inner for path in files for inner in Path(path).parents}, reverse=True):
+                self._disk.fsync_directory(folder / inner)
 
     def _filled(self) -> Stage | Assembled:
         return self._stage if isinstance(self._stage, Assembled) else self.stage

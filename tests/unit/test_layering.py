@@ -36,6 +36,9 @@ PURE: Final = (
     "holdfast.runtime.pipeline.schedule",
     "holdfast.runtime.recovery.decide",
     "holdfast.launcher.membership",
+    "holdfast.launcher.council",
+    "holdfast.launcher.hosts",
+    "holdfast.launcher.job",
     "holdfast.launcher.detector",
 )
 
