@@ -23,6 +23,7 @@ from typing import Any, Final
 from holdfast.proto.errors import SnapshotIncomplete
 
 from ..memory import metadata as blob
+from ..memory.digest import digest_of
 from ..memory.table import ArenaEntry
 from ..universal.model import Group, Role
 from ..universal.save import Part
@@ -165,8 +166,22 @@ def _aliases(shares: Sequence[Share], held: Held, steps: Mapping[str, int | floa
 
 
 def _digest(found: list[tuple[Taken | Told, ArenaEntry]]) -> bytes:
-    taken, entry = found[0]
-    return taken.digest(entry)
+    """Of all elements that are held, each once, wherever they lie: holders may keep different parts (ZeRO-1).
+
+    Where the bytes are on other hosts, of the parts' digests: copies that are cut at other places count as different,
+    and a tie between them is kept as two tensors.
+    """
+    parts: list[bytes | memoryview] = []
+    reached = 0
+    for taken, entry in sorted(found, key=lambda one: (one[1].start, -one[1].stop)):
+        if entry.stop > reached or not parts:
+            if isinstance(taken, Taken):
+                item = entry.nbytes // max(entry.stop - entry.start, 1)
+                parts.append(taken.view(entry)[(max(reached, entry.start) - entry.start) * item :])
+            else:
+                parts.append(f"{entry.start}:{entry.stop} {taken.digest(entry).hex()}\n".encode())
+            reached = max(reached, entry.stop)
+    return digest_of(parts[0] if len(parts) == 1 else b"".join(parts))
 
 
 def _role(name: str, state: str, trained: set[str]) -> Role:

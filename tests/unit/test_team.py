@@ -392,3 +392,19 @@ def test_files_of_jobs_that_are_over_are_removed_from_the_register(tmp_path: Pat
     assert not (tmp_path / FOLDER / "a.json").exists()
     mine.leave()
     assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == ["b.json", "junk.json"]
+
+
+def test_a_tie_between_stages_on_two_hosts_is_an_alias_only_if_both_copies_are_equal(team: Any, tmp_path: Path) -> None:
+    hosts = team(None, None)
+    for half, (step, second) in enumerate([(10, values("0.w", 10)), (20, values("0.w", 20) + np.float32(1e-3))]):
+        for slot, value in enumerate((values("0.w", step), second)):
+            name = f"{slot}.w"
+            where = origin(hosted=[slot], ties=[["0.w", "1.w"]])
+            settings = {"lr": 0.1, "names": [name]}
+            tensors = {(name, "weight"): value, (name, "exp_avg"): value * 0.5}
+            hosts[slot].shelf.fill(slot, half, step, tensors, groups=[settings], scalars={}, origin=where)
+        hosts[0].page.reserved = step
+        await_(lambda step=step: hosts[0].page.due == step + 10, hosts[0].news)
+    first, later = (open_checkpoint(path) for path in committed_steps(tmp_path / "runs").values())
+    assert (first.aliases, later.aliases) == ({"1.w": "0.w"}, {})
+    assert ("1.w", "weight") in later.states
