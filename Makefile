@@ -29,7 +29,8 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help venv demo test interop test-interop interop-smoke check format types proto links chaos bench bench-checkpoints clean
+.PHONY: help venv demo test interop test-interop interop-smoke check format types proto links chaos bench \
+	bench-checkpoints clean
 .DEFAULT_GOAL := help
 
 help:  ## list these words

@@ -4,8 +4,9 @@
     SaverProcess: begin() ──▶ adopt(loop): watched, restarted if it dies ──▶ finish(): a last checkpoint, then the end
 
 The record of the run gets what the saver tells; the terminal gets what failed. Not here: what is saved when
-(ckpt/saver). Invariants: a folder holds the checkpoints of one history, so "newest" is never of another; ranks never
-wait for this process, nor does the agent before the end of the job.
+(ckpt/saver); whether hosts share the folder (sharing.py). Invariants: a folder holds the checkpoints of one history, so
+"newest" is never of another; of several hosts the first one decides what the job starts from; ranks never wait for this
+process, nor does the agent before the end of the job.
 """
 
 from __future__ import annotations
@@ -72,7 +73,12 @@ class Saving:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `holdfast run` that are about checkpoints."""
     add = parser.add_argument_group("holdfast, checkpoints").add_argument
-    add("--checkpoint-dir", default="", metavar="DIR", help="write checkpoints to DIR/step-NNNNNNNN, in the background")
+    add(
+        "--checkpoint-dir",
+        default="",
+        metavar="DIR",
+        help="write checkpoints to DIR/step-NNNNNNNN, in the background; several hosts: a folder that all share",
+    )
     add("--checkpoint-every", type=int, default=1000, metavar="N", help="steps between two of them (default 1000)")
     add("--checkpoint-keep", type=int, default=3, metavar="N", help="the newest that are kept (default 3)")
     add(

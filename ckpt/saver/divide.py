@@ -107,13 +107,13 @@ def holders(held: Mapping[int, Holdings], slots: Iterable[int], step: int) -> di
     return found
 
 
-def newest_common(held: Mapping[int, Holdings], slots: Iterable[int]) -> int | None:
-    """The newest step that some host holds of every slot; None if there is none."""
-    common: set[int] | None = None
+def common(held: Mapping[int, Holdings], slots: Iterable[int]) -> list[int]:
+    """The steps that some host holds of every slot, ascending."""
+    found: set[int] | None = None
     for slot in slots:
         steps = {step for holdings in held.values() for step in holdings.get(slot, ())}
-        common = steps if common is None else common & steps
-    return max(common, default=None) if common else None
+        found = steps if found is None else found & steps
+    return sorted(found or ())
 
 
 def assign(

@@ -39,7 +39,7 @@ from ..universal.write import Writer
 from .choose import WHOLE, committed_steps, name_of, next_due
 from .compose import compose
 from .crew import Crew
-from .divide import Merged, assign, holders, merge, newest_common
+from .divide import Holdings, Merged, assign, common, holders, merge
 from .hand import Hand, Written
 from .page import Page
 from .peers import Register, Server
@@ -106,7 +106,10 @@ class TeamSaver(Saver):
             self._asked = (step, time.monotonic())
         try:
             with self._gather() as crew:
-                self._save_together(crew, step)
+                held = crew.held()
+                # After a recovery rank 0 may hold an older one, which a rank that was rebuilt elsewhere has not.
+                step = next((one for one in common(held, self._slots) if one >= self._next), step)
+                self._save_together(crew, held, step)
         except (SnapshotIncomplete, PeerLost) as error:
             # A host that is being replaced answers soon, and the others leave that step untouched meanwhile.
             if time.monotonic() - self._asked[1] > GATHER_S:
@@ -123,10 +126,10 @@ class TeamSaver(Saver):
 
     # ---- one checkpoint -------------------------------------------------------------------------------
 
-    def _save_together(self, crew: Crew, step: int, *, last: bool = False) -> None:
+    def _save_together(self, crew: Crew, held: Mapping[int, Holdings], step: int, *, last: bool = False) -> None:
         """All hosts copy, all write, we commit. SnapshotIncomplete, PeerLost: nothing was copied, ask again."""
         started = time.monotonic()
-        hosts = holders(crew.held(), self._slots, step)
+        hosts = holders(held, self._slots, step)
         if missing := sorted(set(self._slots) - hosts.keys()):
             raise SnapshotIncomplete("no saver that answers has the state of some ranks", step=step, ranks=missing)
         shares = crew.take(step, hosts)
@@ -218,13 +221,11 @@ class TeamSaver(Saver):
             try:
                 with self._gather() as crew:
                     held = crew.held()
-                    found = newest_common(held, self._slots)
-                    step = (
-                        found if found is not None else max((s for own in held[0].values() for s in own), default=step)
-                    )
+                    own = [one for steps in held[0].values() for one in steps]
+                    step = max(common(held, self._slots) or own, default=step)
                     saved = max([self._options.start, 0, *committed_steps(self._options.folder)])
                     if step > saved:
-                        self._save_together(crew, step, last=True)
+                        self._save_together(crew, held, step, last=True)
                     crew.bye()
                     return
             except (SnapshotIncomplete, PeerLost) as error:

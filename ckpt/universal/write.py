@@ -169,12 +169,13 @@ class Writer:
         self._extra[path] = FileFacts(len(data), digest(data))
 
     def _sync(self, files: Iterable[str]) -> None:
+        """The payload is durable already: its stage, or its hosts, saw to that."""
         if self.options.fsync:
-            stage = self._filled()
+            folder = self._filled().folder
             for path in self._extra:
-                self._disk.fsync_file(stage.folder / path)
-            for folder in sorted({folder for path in files for folder in Path(path).parents}, reverse=True):
-                self._disk.fsync_directory(stage.folder / folder)
+                self._disk.fsync_file(folder / path)
+            for inner in sorted({inner for path in files for inner in Path(path).parents}, reverse=True):
+                self._disk.fsync_directory(folder / inner)
 
     def _filled(self) -> Stage | Assembled:
         return self._stage if isinstance(self._stage, Assembled) else self.stage

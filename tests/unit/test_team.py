@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from holdfast.ckpt.saver.choose import committed_steps
-from holdfast.ckpt.saver.divide import Piece, holders, merge, newest_common
+from holdfast.ckpt.saver.divide import Piece, common, holders, merge
 from holdfast.ckpt.saver.hand import Hand
 from holdfast.ckpt.saver.page import Page
 from holdfast.ckpt.saver.peers import FOLDER, Peer, Register, key_of, listen
@@ -300,6 +300,18 @@ def test_who_takes_over_the_lead_removes_what_the_lost_leader_left(team: Any, tm
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {FOLDER, "latest", "step-00000010", ".mine.tmp-0"}
 
 
+def test_a_step_that_only_rank_0_still_has_is_passed_over_for_the_next_that_all_have(team: Any, tmp_path: Path) -> None:
+    """A rank that was rebuilt on another host has the step that the job resumed from, and none before."""
+    hosts = team(None, None)
+    hosts[0].fill(0, 0, 10, "0.w")
+    hosts[0].fill(0, 1, 11, "0.w")
+    hosts[1].fill(1, 0, 11, "1.w")
+    hosts[0].page.reserved = 10
+    await_(lambda: hosts[0].page.due == 20, hosts[0].news)
+    assert list(committed_steps(tmp_path / "runs")) == [11]
+    check(tmp_path / "runs/step-00000011", 11, ["0.w", "1.w"])
+
+
 def test_of_two_that_believe_to_lead_one_checkpoint_comes(team: Any, tmp_path: Path) -> None:
     hosts = team(None, None)
     for host in hosts:
@@ -326,9 +338,9 @@ def test_a_share_is_taken_where_it_is_whole_and_every_rank_must_have_one() -> No
     held = {0: {0: [9, 10]}, 1: {0: [10], 1: [10]}, 2: {2: [9]}}
     assert holders(held, range(3), 10) == {0: 0, 1: 1}
     assert holders(held, range(3), 9) == {0: 0, 2: 2}
-    assert newest_common(held, range(2)) == 10
-    assert newest_common(held, range(3)) is None
-    assert newest_common({}, range(1)) is None
+    assert common(held, range(1)) == [9, 10]
+    assert common(held, range(2)) == [10]
+    assert common(held, range(3)) == common({}, range(1)) == []
 
 
 def test_what_is_told_of_a_share_is_checked(team: Any) -> None:
@@ -380,3 +392,19 @@ def test_files_of_jobs_that_are_over_are_removed_from_the_register(tmp_path: Pat
     assert not (tmp_path / FOLDER / "a.json").exists()
     mine.leave()
     assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == ["b.json", "junk.json"]
+
+
+def test_a_tie_between_stages_on_two_hosts_is_an_alias_only_if_both_copies_are_equal(team: Any, tmp_path: Path) -> None:
+    hosts = team(None, None)
+    for half, (step, second) in enumerate([(10, values("0.w", 10)), (20, values("0.w", 20) + np.float32(1e-3))]):
+        for slot, value in enumerate((values("0.w", step), second)):
+            name = f"{slot}.w"
+            where = origin(hosted=[slot], ties=[["0.w", "1.w"]])
+            settings = {"lr": 0.1, "names": [name]}
+            tensors = {(name, "weight"): value, (name, "exp_avg"): value * 0.5}
+            hosts[slot].shelf.fill(slot, half, step, tensors, groups=[settings], scalars={}, origin=where)
+        hosts[0].page.reserved = step
+        await_(lambda step=step: hosts[0].page.due == step + 10, hosts[0].news)
+    first, later = (open_checkpoint(path) for path in committed_steps(tmp_path / "runs").values())
+    assert (first.aliases, later.aliases) == ({"1.w": "0.w"}, {})
+    assert ("1.w", "weight") in later.states
