@@ -213,7 +213,7 @@ class Engine:
             self.injector.at("commit", step)
             gathered = self._gather(group, outcome, gradients)
         except (Fenced, PeerLost):
-            if self.forward.on:
+            if self.forward.on and gradients is not None:
                 self.forward.cut_off(step, gradients, Undo(self.state, self.source, self.device.device))
             before.take_back()
             raise
