@@ -22,6 +22,7 @@ BENCHMARKS: Final = {
     "swap": "the step of swapped stages (CheckFree+) on emulated devices, against 1F1B",
     "rebuild": "all groups rebuilt, against torch's destroy and init",
     "cycles": "200 kills in one job: descriptors, threads, memory flat",
+    "checkpoints": "convert, adopt, export, save, load and verify, against DeepSpeed's tools, DCP and safetensors",
     "campaign": "seeded faults at every point of a step; every run bit-identical to the unbroken one",
 }
 
@@ -43,7 +44,7 @@ def find(name: str, start: Path) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `holdfast bench`; returns the script's exit code."""
-    listed = "\n".join(f"  {name:<9} {text}" for name, text in BENCHMARKS.items())
+    listed = "\n".join(f"  {name:<11} {text}" for name, text in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="holdfast bench",
         description="Run a benchmark of the repository.",
