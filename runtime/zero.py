@@ -127,10 +127,10 @@ class _Cut:
 
 
 def make_shards(plan: Plan, rank: int, parameters: Mapping[Key, nn.Parameter]) -> Shards | None:
-    """The parts of `rank`; None if it shares nothing that is trained with anybody."""
+    """The parts of `rank`; None if it shares nothing that is trained with anybody. Shadows keep all of their units."""
     cuts: dict[Key, _Cut] = {}
-    for unit in plan.hosted(rank):
-        holders = plan.holders(unit)
+    for unit in plan.worked(rank):
+        holders = plan.workers(unit)
         keys = [key for key, parameter in parameters.items() if key[0] == unit and parameter.is_contiguous()]
         if len(holders) > 1 and keys:
             ranges = cut_unit([parameters[key].numel() for key in keys], len(holders), first=unit)
