@@ -59,14 +59,22 @@ def decide(
     present = [_at(report, step) for report in reports]
     if mode == "auto":
         # A checkpoint is exact too, but old: it comes last, unless it is of the present step.
-        memory = decide_resume([replace(r, disk=r.disk & {step}) for r in present], reachable)
+        memory = _exactly([replace(report, disk=report.disk & {step}) for report in reports], step, reachable)
         if isinstance(memory, Resume):
-            return _with_ready(memory, reports)
+            return memory
     found = _climb(mode, present, step, reachable)
     if isinstance(found, Resume):
         return _with_ready(found, reports)
-    back = decide_resume(present, reachable)
-    return _with_ready(back, reports) if isinstance(back, Resume) else found
+    back = _exactly(reports, step, reachable)
+    return back if isinstance(back, Resume) else found
+
+
+def _exactly(reports: Sequence[Report], step: int, reachable: Reachable) -> Resume | Impossible:
+    """Newest step that all can reach exactly, where ranks that have `step` ready may apply it, or leave it."""
+    applied = decide_resume([_at(report, step) for report in reports], reachable)
+    if isinstance(applied, Resume):
+        return _with_ready(applied, reports)
+    return decide_resume(reports, reachable)
 
 
 def stages(reports: Sequence[Report]) -> dict[int, int]:
