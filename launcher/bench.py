@@ -23,6 +23,7 @@ BENCHMARKS: Final = {
     "rebuild": "all groups rebuilt, against torch's destroy and init",
     "cycles": "200 kills in one job: descriptors, threads, memory flat",
     "campaign": "seeded faults at every point of a step; every run bit-identical to the unbroken one",
+    "convergence": "CheckFree, CheckFree+, stale stage, rollback: loss under the same failures",
 }
 
 
@@ -43,7 +44,7 @@ def find(name: str, start: Path) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Entry point of `holdfast bench`; returns the script's exit code."""
-    listed = "\n".join(f"  {name:<9} {text}" for name, text in BENCHMARKS.items())
+    listed = "\n".join(f"  {name:<11} {text}" for name, text in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="holdfast bench",
         description="Run a benchmark of the repository.",
