@@ -29,7 +29,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help venv demo test test-interop check format types proto links chaos bench clean
+.PHONY: help venv demo demo-neighbours test test-interop check format types proto links chaos bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list these words
@@ -39,6 +39,9 @@ venv: $(VENV)/.installed  ## virtual environment with torch, our wheel and the t
 
 demo: venv  ## train on four processes, kill some, compare with an undisturbed run
 	$(BIN)/python examples/demo.py $(ARGS)
+
+demo-neighbours: venv  ## killed stages rebuilt from their neighbours, no snapshots; loss.svg shows both curves
+	$(BIN)/python examples/demo_neighbours.py $(ARGS)
 
 test: venv  ## all tests
 	$(BIN)/pytest -q tests $(ARGS)
