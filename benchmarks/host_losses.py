@@ -1,18 +1,23 @@
 """Losses of whole hosts, in network namespaces; every run must end with the bits of the unbroken one.
 
-    python benchmarks/host_losses.py [--codes 1+1,2+1,3+1,4+2,6+2] [--policy wait|spread] [--out results.json]
+    python benchmarks/host_losses.py [--codes 1+1,2+1,3+1,4+2,6+2] [--out FILE --resume] [--budget-s S] [--per-job 8]
 
-For each code k+m a job of one rank a host on k+m hosts, one pipeline stage each. `wait`: in one long job *every*
-combination of 1..m hosts is lost, one after another: all processes of those hosts are killed at the same moment, the
-hosts come back as new machines with empty memory, their ranks' state is decoded there from what the others hold, and
-once parity is complete again the next combination follows. `spread`: a job for each sampled combination, whose ranks
-go on on the hosts that are left. Checked: exit codes, parameters and optimizer state torch.equal to a run of one
-process without failures, a recovery for each loss. Prints a line per loss and a JSON summary. Needs root (namespaces).
+For each code k+m jobs of one rank a host on k+m hosts, one pipeline stage each. --policy wait: *every* combination of
+1..m hosts is lost, --per-job of them one after another in a job: all processes of those hosts are killed at the same
+moment, the hosts come back as new machines with empty memory, their ranks' state is decoded there from what the others
+hold, and once parity is complete again the next combination follows. --policy spread: a job for each combination, whose
+ranks go on on the hosts that are left. Checked: exit codes, parameters and optimizer state torch.equal to a run of one
+process without failures, a recovery for each loss. A combination counts as shown when its job ended right.
+
+It tests what is true, not how fast: leases are long, so that on a busy machine nobody is taken for lost who is not.
+--out has a JSON line for each job that ended, and --resume leaves out what these show; --budget-s begins nothing that
+would end later. Prints a line per loss, and how many combinations of how many are shown. Needs root (namespaces).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -20,19 +25,27 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers")]
 
 from hosts import HostJob, Hosts, start_job, wait_for
-from jobs import reference
+from jobs import Ended, reference
+from table import Report, add_markdown, shown, spread
 
 SCRIPT = ROOT / "tests" / "helpers" / "scripts" / "hostjob.py"
 SECRET = "host-losses"
 START_S, RECOVER_S, END_S = 240.0, 180.0, 240.0
-STEPS_PER_LOSS = 14
+STEPS_PER_LOSS, STEPS_MORE = 24, 16
+"""While a job is not hurried: at half a second a step, twelve seconds of training for each loss."""
+HOST_LEASE_S, RANK_LEASE_S = 30.0, 20.0
+JOB_S = 60.0
+"""About what the start and the end of a job take, until one has shown it."""
+WAVE = 2
+"""Hosts that start at once: each imports torch three times, and these machines have two cores."""
 
 
 def combinations(hosts: int, most: int) -> list[tuple[int, ...]]:
@@ -99,9 +112,10 @@ def come_back(job: HostJob, index: int, coordinator: str) -> None:
     )
 
 
-def options_of(code: str, policy: str, lease_s: float = 5.0) -> list[str]:
+def options_of(code: str, policy: str, lease_s: float = 5.0, rank_lease_s: float = 4.0) -> list[str]:
     """Options of `holdfast run` for a code."""
-    return ["--redundancy", f"rs:{code}", "--lost-host", policy, "--host-lease", str(lease_s), "--lease-min", "4"]
+    leases = ["--host-lease", str(lease_s), "--lease-min", str(rank_lease_s)]
+    return ["--redundancy", f"rs:{code}", "--lost-host", policy, *leases]
 
 
 def compare(ended: Any, expected: Any) -> list[str]:
@@ -114,33 +128,77 @@ def compare(ended: Any, expected: Any) -> list[str]:
     return [f"{name} differs" for name, tensor in wanted.items() if not torch.equal(state[name], tensor)][:4]
 
 
-def wait_campaign(code: str, folder: Path, chosen: list[tuple[int, ...]], step_s: float) -> dict[str, Any]:
-    """All of `chosen` in one job; hosts come back after each loss."""
+def start_in_waves(hosts: Hosts, arguments: list[str], options: list[str]) -> HostJob:
+    """The job on all hosts, a few at a time."""
+    job = start_job(hosts, SCRIPT, arguments, options=options, env={"HOLDFAST_TOKEN": SECRET}, on=[])
+    for first in range(0, len(hosts), WAVE):
+        wave = range(first, min(first + WAVE, len(hosts)))
+        for index in wave:
+            job.start(index)
+        records = [job.folder / f"host{index}" / "events.jsonl" for index in wave]
+        with contextlib.suppress(AssertionError):  # some write none until all are there
+            wait_for(lambda records=records: all(path.exists() for path in records), 4.0)  # type: ignore[misc]
+    return job
+
+
+def lose(job: HostJob, lost: tuple[int, ...]) -> float:
+    """Kill these hosts at the same moment, and have them come back; seconds until training went on."""
+    before, placement, step = count(job, "recovery"), newest_placement(job), steps_of(job)
+    wait_for(lambda: steps_of(job) > step, RECOVER_S, "a step")
+    began = time.monotonic()
+    for index in lost:
+        job.hosts[index].kill()
+    coordinator = wait_for(lambda: leader(job, lost), RECOVER_S, "a coordinator in charge")
+    for index in lost:
+        come_back(job, index, coordinator)
+    wait_for(lambda: count(job, "recovery") > before, RECOVER_S, f"recovery from {lost}")
+    seconds = time.monotonic() - began
+    # The hosts that came back are new ones, so there is another placement: the old one's parity was theirs too.
+    wait_for(lambda: newest_placement(job) > placement and is_protected(job), RECOVER_S, f"parity after {lost}")
+    return seconds
+
+
+@dataclass
+class Clock:
+    """How long a job and a loss take, for the budget and for the time that is left."""
+
+    until: float
+    job_s: float = JOB_S
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def loss_s(self) -> float:
+        """Of one combination, until its parity is complete."""
+        return statistics.median(self.losses) if self.losses else 20.0
+
+    def has_time(self, *, job: bool) -> bool:
+        """For one more combination and the end of its job, or for a job with it."""
+        return time.monotonic() + self.loss_s + self.job_s * (1.0 if job else 0.4) < self.until
+
+
+def wait_job(code: str, chosen: list[tuple[int, ...]], step_s: float, expected: Ended, clock: Clock) -> dict[str, Any]:
+    """As many of `chosen` as there is time for, in one job; hosts come back after each loss."""
     k, m = map(int, code.split("+"))
-    size, steps = k + m, STEPS_PER_LOSS * len(chosen) + 12
-    arguments = ["--steps", str(steps), "--step-seconds", str(step_s)]
-    expected = reference(folder / "reference", SCRIPT, "--steps", str(steps), deadline_s=300.0)
-    result: dict[str, Any] = {"code": code, "policy": "wait", "losses": len(chosen), "steps": steps, "wrong": []}
-    times: list[float] = []
-    with Hosts(size) as hosts:
-        env = {"HOLDFAST_TOKEN": SECRET}
-        # Starting machines take the cores of all: hosts that live must not be taken for silent ones.
-        job = start_job(hosts, SCRIPT, arguments, options=options_of(code, "wait", lease_s=20.0), env=env)
+    result: dict[str, Any] = {"code": code, "policy": "wait", "lost": [], "wrong": [], "back_s": [], "whole_s": []}
+    began, losing = time.monotonic(), 0.0
+    with Hosts(k + m) as hosts:
+        hurry = hosts.folder / "hurry"
+        steps = ["--steps", str(steps_for(len(chosen))), "--step-seconds", str(step_s), "--hurry", str(hurry)]
+        job = start_in_waves(hosts, steps, [*options_of(code, "wait", HOST_LEASE_S, RANK_LEASE_S), "--standbys", "0"])
         try:
-            for number, lost in enumerate(chosen):
-                wait_for(lambda: is_protected(job), START_S if not number else RECOVER_S, "parity")
-                before, step = count(job, "recovery"), steps_of(job)
-                wait_for(lambda step=step: steps_of(job) > step, RECOVER_S, "a step")
-                began = time.monotonic()
-                for index in lost:
-                    hosts[index].kill()
-                coordinator = wait_for(lambda lost=lost: leader(job, lost), RECOVER_S, "a coordinator in charge")
-                for index in lost:
-                    come_back(job, index, coordinator)
-                wait_for(lambda before=before: count(job, "recovery") > before, RECOVER_S, f"recovery from {lost}")
-                times.append(time.monotonic() - began)
-                print(f"{code} lost {lost} at step {step}: back after {times[-1]:.1f} s", flush=True)
-            ended = job.wait(END_S + steps * step_s * 2)
+            wait_for(lambda: is_protected(job), START_S, "parity")
+            for lost in chosen:
+                if result["lost"] and not clock.has_time(job=False):
+                    break
+                started = time.monotonic()
+                result["lost"].append(list(lost))
+                result["back_s"].append(round(lose(job, lost), 2))
+                clock.losses.append(time.monotonic() - started)
+                result["whole_s"].append(round(clock.losses[-1], 2))
+                losing += clock.losses[-1]
+                print(f"{code} lost {lost}: back after {result['back_s'][-1]} s", file=sys.stderr, flush=True)
+            hurry.touch()
+            ended = job.wait(END_S)
         except AssertionError as error:
             said = [event for event in job.events() if "rank_started" not in event["event"]][-12:]
             result["wrong"].append(f"{str(error)[:1500]}\n{job.tails()[-3000:]}\n{said}")
@@ -148,69 +206,171 @@ def wait_campaign(code: str, folder: Path, chosen: list[tuple[int, ...]], step_s
             return result
         result["wrong"] += compare(ended, expected) if ended.code == 0 else [f"exit {ended.codes}"]
         recoveries = [one for one in ended.events if one["event"] == "recovery"]
+        if len(recoveries) < len(result["lost"]):
+            result["wrong"].append(f"{len(recoveries)} recoveries for {len(result['lost'])} losses")
         result["recoveries"] = len(recoveries)
         result["sources"] = sorted({rung for one in recoveries for rung in one["sources"]})
         result["exact"] = all(one["exact"] for one in recoveries)
-        result["restore_ms"] = statistics.median(one["restore_ms"] for one in recoveries)
-        result["back_s"] = statistics.median(times)
+        result["restore_ms"] = [one["restore_ms"] for one in recoveries]
+    clock.job_s = time.monotonic() - began - losing
+    result["job_s"] = round(time.monotonic() - began, 1)
     return result
 
 
-def spread_campaign(code: str, folder: Path, chosen: list[tuple[int, ...]], step_s: float) -> list[dict[str, Any]]:
-    """A job for each of `chosen`; the ranks of lost hosts go on on the others."""
+def steps_for(losses: int) -> int:
+    """Of a job with so many losses."""
+    return STEPS_PER_LOSS * losses + STEPS_MORE
+
+
+def wait_campaign(code: str, open_: list[tuple[int, ...]], arguments: argparse.Namespace, log: Log) -> None:
+    """Jobs until all of `open_` were lost, or there is no time for another."""
+    clock = log.clock
+    with tempfile.TemporaryDirectory() as folder:
+        expected: dict[int, Ended] = {}
+        while open_ and clock.has_time(job=True):
+            chosen, open_ = open_[: arguments.per_job], open_[arguments.per_job :]
+            steps = steps_for(len(chosen))
+            if steps not in expected:
+                place = Path(folder, str(steps))
+                expected[steps] = reference(place, SCRIPT, "--steps", str(steps), deadline_s=300.0)
+            result = wait_job(code, chosen, arguments.step_seconds, expected[steps], clock)
+            open_ = chosen[len(result["lost"]) :] + open_
+            log.add(result)
+            left = len(open_) * clock.loss_s + -(-len(open_) // arguments.per_job) * clock.job_s
+            print(f"{code}: {log.says(code)}; {left / 60:.1f} min to go", file=sys.stderr, flush=True)
+
+
+def spread_campaign(code: str, open_: list[tuple[int, ...]], arguments: argparse.Namespace, log: Log) -> None:
+    """A job for each of `open_`; the ranks of lost hosts go on on the others."""
     k, m = map(int, code.split("+"))
     steps = 40
-    expected = reference(folder / "reference", SCRIPT, "--steps", str(steps))
-    results = []
-    for lost in chosen:
-        with Hosts(k + m) as hosts:
-            arguments = ["--steps", str(steps), "--step-seconds", str(step_s)]
-            job = start_job(hosts, SCRIPT, arguments, options=options_of(code, "spread"))
-            result: dict[str, Any] = {"code": code, "policy": "spread", "lost": lost, "wrong": []}
-            try:
-                wait_for(lambda job=job: is_protected(job) and steps_of(job) > 8, START_S, "parity")  # type: ignore[misc]
-                for index in lost:
-                    hosts[index].kill()
-                ended = job.wait(END_S, only=set(range(k + m)) - set(lost))
-                good = ended.code == 0
-                result["wrong"] += compare(ended, expected) if good else [f"exit {ended.codes} {ended.err[-800:]}"]
-                recoveries = [one for one in ended.events if one["event"] == "recovery"]
-                result["recovery_ms"] = [one["total_ms"] for one in recoveries]
-                result["sources"] = sorted({rung for one in recoveries for rung in one["sources"]})
-            except AssertionError as error:
-                result["wrong"].append(str(error)[-3000:])
-                job.kill()
-        print(json.dumps({**result, "lost": list(lost)}), flush=True)
-        results.append(result)
-    return results
+    with tempfile.TemporaryDirectory() as folder:
+        expected = reference(Path(folder), SCRIPT, "--steps", str(steps))
+        for lost in open_:
+            if not log.clock.has_time(job=True):
+                return
+            began = time.monotonic()
+            with Hosts(k + m) as hosts:
+                words = ["--steps", str(steps), "--step-seconds", str(arguments.step_seconds)]
+                job = start_in_waves(hosts, words, options_of(code, "spread", HOST_LEASE_S, RANK_LEASE_S))
+                log.add(spread_job(job, code, lost, expected))
+            log.clock.job_s = time.monotonic() - began
+            print(f"{code}: {log.says(code)}", file=sys.stderr, flush=True)
+
+
+def spread_job(job: HostJob, code: str, lost: tuple[int, ...], expected: Ended) -> dict[str, Any]:
+    """Lose these hosts of a running job, and wait for its end."""
+    result: dict[str, Any] = {"code": code, "policy": "spread", "lost": [list(lost)], "wrong": []}
+    try:
+        wait_for(lambda: is_protected(job) and steps_of(job) > 8, START_S, "parity")
+        for index in lost:
+            job.hosts[index].kill()
+        ended = job.wait(END_S, only=set(range(len(job.hosts))) - set(lost))
+    except AssertionError as error:
+        result["wrong"].append(str(error)[-3000:])
+        job.kill()
+        return result
+    good = ended.code == 0
+    result["wrong"] += compare(ended, expected) if good else [f"exit {ended.codes} {ended.err[-800:]}"]
+    recoveries = [one for one in ended.events if one["event"] == "recovery"]
+    result["recoveries"] = len(recoveries)
+    result["exact"] = all(one["exact"] for one in recoveries)
+    result["back_s"] = [round(one["total_ms"] / 1e3, 2) for one in recoveries]
+    result["restore_ms"] = [one["restore_ms"] for one in recoveries]
+    result["sources"] = sorted({rung for one in recoveries for rung in one["sources"]})
+    return result
+
+
+class Log:
+    """What jobs have shown, now and in earlier runs of the campaign."""
+
+    def __init__(self, policy: str, out: Path | None, resume: bool, clock: Clock) -> None:
+        self.clock = clock
+        self._policy = policy
+        self._out = out
+        self.results: list[dict[str, Any]] = []
+        if out is not None and out.exists():
+            if resume:
+                self.results = [json.loads(line) for line in out.read_text().splitlines()]
+            else:
+                out.unlink()
+
+    def add(self, result: dict[str, Any]) -> None:
+        """One job is over."""
+        self.results.append(result)
+        print(json.dumps(result), flush=True)
+        if self._out is not None:
+            with self._out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+
+    def of(self, code: str, *, right: bool) -> list[dict[str, Any]]:
+        """Jobs of a code that ended as they should, or did not."""
+        mine = [one for one in self.results if (one["code"], one["policy"]) == (code, self._policy)]
+        return [one for one in mine if right == (not one["wrong"])]
+
+    def shown(self, code: str) -> set[tuple[int, ...]]:
+        """Combinations whose job ended right."""
+        return {tuple(lost) for one in self.of(code, right=True) for lost in one["lost"]}
+
+    def says(self, code: str) -> str:
+        """How many of how many."""
+        k, m = map(int, code.split("+"))
+        whole = len(combinations(k + m, m))
+        return f"{len(self.shown(code))} of {whole} combinations shown, {len(self.of(code, right=False))} jobs wrong"
+
+    def row(self, code: str) -> list[object]:
+        """Of a table."""
+        k, m = map(int, code.split("+"))
+        right = self.of(code, right=True)
+        back = [seconds for one in right for seconds in one["back_s"]]
+        restore = [ms for one in right for ms in one["restore_ms"]]
+        return [
+            code,
+            f"{len(self.shown(code))} of {len(combinations(k + m, m))}",
+            len(right),
+            len(self.of(code, right=False)),
+            sum(one["recoveries"] for one in right),
+            all(one["exact"] for one in right),
+            shown(spread(back, 2)) if back else "",
+            shown(spread(restore, 0)) if restore else "",
+        ]
 
 
 def main() -> int:
-    """Run the campaign; exit code 1 if anything went wrong."""
+    """Run the campaign; exit code 1 if anything went wrong, 3 if there was no time for all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codes", default="1+1,2+1,3+1,4+2,6+2")
     parser.add_argument("--policy", choices=("wait", "spread"), default="wait")
     parser.add_argument("--sample", type=int, default=0, help="so many combinations of each code (default: all)")
-    parser.add_argument("--step-seconds", type=float, default=0.2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--step-seconds", type=float, default=0.5)
+    parser.add_argument("--per-job", type=int, default=8, help="combinations in one job, if hosts come back (8)")
+    parser.add_argument("--out", type=Path, help="a JSON line for each job")
+    parser.add_argument("--resume", action="store_true", help="leave out what --out shows already")
+    parser.add_argument("--budget-s", type=float, default=1e9, help="end within about so many seconds")
+    add_markdown(parser)
     arguments = parser.parse_args()
     reason = Hosts.available()
     if reason is not None:
         print(f"not run: {reason}")
         return 2
-    results: list[dict[str, Any]] = []
-    for code in arguments.codes.split(","):
+    report = Report(arguments.markdown, "Losses of whole hosts")
+    log = Log(arguments.policy, arguments.out, arguments.resume, Clock(time.monotonic() + arguments.budget_s))
+    codes = arguments.codes.split(",")
+    complete = True
+    for code in codes:
         k, m = map(int, code.split("+"))
         chosen = combinations(k + m, m)[: arguments.sample or None]
-        with tempfile.TemporaryDirectory() as folder:
-            if arguments.policy == "wait":
-                results.append(wait_campaign(code, Path(folder), chosen, arguments.step_seconds))
-                print(json.dumps(results[-1]), flush=True)
-            else:
-                results += spread_campaign(code, Path(folder), chosen, arguments.step_seconds)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    return 1 if any(result["wrong"] for result in results) else 0
+        campaign = wait_campaign if arguments.policy == "wait" else spread_campaign
+        campaign(code, [lost for lost in chosen if lost not in log.shown(code)], arguments, log)
+        complete &= log.shown(code) >= set(chosen)
+        print(f"{code}: {log.says(code)}", flush=True)
+    columns = ["code", "combinations", "jobs right", "jobs wrong", "recoveries", "exact", "back s", "restore ms"]
+    note = "A combination is shown when its job ended with every tensor torch.equal to the unbroken run."
+    report.table(columns, [log.row(code) for code in codes], note)
+    report.close()
+    if any(log.of(code, right=False) for code in codes):
+        return 1
+    return 0 if complete else 3
 
 
 if __name__ == "__main__":

@@ -1,33 +1,37 @@
 """From the death of a whole host to the next committed step: Holdfast against torchrun with DCP checkpoints.
 
-    python benchmarks/host_recovery.py [--rounds 3] [--hosts 3] [--preset demo]
+    python benchmarks/host_recovery.py [--rounds 3] [--hosts 3] [--preset demo] [--markdown FILE]
 
 Hosts are network namespaces on this machine, one rank each. The two take turns; in each round all processes of the
 last host are killed at the same moment. Holdfast: its rank goes on on another host, its state decoded from parity in
 memory. torchrun: the host is started again at once (its agents wait for it: the number of nodes is fixed) and all ranks
 load the newest checkpoint, on a disk that all hosts share. Time until some step is committed; torchrun's steps since
-the checkpoint are lost and listed, and cost it nothing here. Prints one JSON line. Goal: ratio <= 1/20.
+the checkpoint are lost and listed, and cost it nothing here; the step that Holdfast does again is in its time. Hosts'
+leases are long, which a busy machine needs and a killed host does not wait for: its kernel closes its connections.
+A ratio is of one round. Prints one JSON line. Goal: ratio <= 1/20.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "helpers")]
 
 from host_losses import is_protected
 from hosts import Hosts, start_job, wait_for
-from recovery import lines, spread
+from recovery import lines
+from table import Report, add_markdown, shown, spread
 
 EXAMPLE = HERE.parent / "examples" / "pretrain.py"
 STEPS, WARM, DEADLINE_S = 60, 12, 240.0
+GOAL = 0.05
 
 
 def holdfast(size: int, preset: str) -> dict[str, float]:
@@ -35,7 +39,7 @@ def holdfast(size: int, preset: str) -> dict[str, float]:
     with Hosts(size) as hosts:
         steps = hosts.folder / "steps.jsonl"
         arguments = ["--preset", preset, "--steps", str(STEPS), "--step-log", str(steps)]
-        options = ["--redundancy", "xor", "--lease-min", "5"]
+        options = ["--redundancy", "xor", "--lease-min", "10", "--host-lease", "20"]
         job = start_job(hosts, EXAMPLE, arguments, options=options, out=False)
         wait_for(lambda: is_protected(job) and any(line["step"] >= WARM for line in lines(steps)), DEADLINE_S, "steps")
         before, killed_ns = lines(steps)[-1]["step"], time.monotonic_ns()
@@ -79,11 +83,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--preset", default="demo")
+    add_markdown(parser)
     arguments = parser.parse_args()
     reason = Hosts.available()
     if reason is not None:
         print(f"not run: {reason}")
         return 2
+    report = Report(arguments.markdown, "Death of a host to the next committed step")
     ours: list[dict[str, float]] = []
     theirs: list[dict[str, float]] = []
     for number in range(arguments.rounds):
@@ -91,20 +97,28 @@ def main() -> int:
             results.append(run(arguments.hosts, arguments.preset))
             print(f"round {number + 1} {run.__name__}: {results[-1]}", file=sys.stderr, flush=True)
     mine, peers = [r["recovery_s"] for r in ours], [r["recovery_s"] for r in theirs]
-    line = {
+    line: dict[str, Any] = {
         "benchmark": "host_recovery",
         "rounds": arguments.rounds,
         "hosts": arguments.hosts,
         "preset": arguments.preset,
         "holdfast_s": spread(mine),
         "torchrun_dcp_s": spread(peers),
-        "ratio": round(statistics.median(mine) / statistics.median(peers), 4),
-        "goal_ratio": 0.05,
+        "ratio": spread([a / b for a, b in zip(mine, peers, strict=True)], 4),
+        "goal_ratio": GOAL,
         "step_s": spread([r["step_s"] for r in ours]),
-        "spans_ms": {name: spread([r[name] for r in ours]) for name in ("reform", "restore", "resume")},
+        "beyond_one_step_s": spread([r["recovery_s"] - r["step_s"] for r in ours]),
+        "spans_ms": {name: spread([r[name] for r in ours], 1) for name in ("reform", "restore", "resume")},
         "steps_lost_torchrun": [r["steps_lost"] for r in theirs],
     }
-    print(json.dumps(line))
+    report.line(line)
+    ratio = line["ratio"]
+    met = "met" if ratio["median"] <= GOAL else "missed"
+    columns = ["hosts", "model", "step s", "Holdfast s", "beyond a step s", "torchrun + DCP s", "ratio", "goal"]
+    cells = [shown(line[name]) for name in ("step_s", "holdfast_s", "beyond_one_step_s", "torchrun_dcp_s")]
+    note = f"Steps that torchrun lost, which cost it nothing here: {line['steps_lost_torchrun']}."
+    report.table(columns, [[arguments.hosts, arguments.preset, *cells, shown(ratio), f"<= {GOAL}: {met}"]], note)
+    report.close()
     return 0
 
 

@@ -22,6 +22,7 @@ BENCHMARKS: Final = {
     "swap": "the step of swapped stages (CheckFree+) on emulated devices, against 1F1B",
     "rebuild": "all groups rebuilt, against torch's destroy and init",
     "cycles": "200 kills in one job: descriptors, threads, memory flat",
+    "checkpoints": "convert, adopt, export, save, load and verify, against DeepSpeed's tools, DCP and safetensors",
     "campaign": "seeded faults at every point of a step; every run bit-identical to the unbroken one",
     "convergence": "CheckFree, CheckFree+, stale stage, rollback: loss under the same failures",
 }

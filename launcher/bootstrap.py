@@ -32,6 +32,10 @@ class Bootstrap:
     coordinator: str
     host: str
     world_size: int
+    resume: str | None = None
+    """What the job started from (Saving.told); None: not known here."""
+    checkpoints: bool | None = None
+    """Whether its hosts write checkpoints; None: not known here."""
 
     def encoded(self) -> str:
         """As JSON; without the token if every host was given it."""

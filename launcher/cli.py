@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import importlib.metadata
 import json
 import math
 import sys
@@ -143,6 +142,8 @@ def _describe_hosts(state: dict[str, Any]) -> list[str]:
 def version(argv: Sequence[str]) -> int:
     """`holdfast version`."""
     del argv
+    import importlib.metadata
+
     try:
         print(f"holdfast {importlib.metadata.version('holdfast')}")
     except importlib.metadata.PackageNotFoundError:

@@ -5,8 +5,8 @@
 
 Every host has a coordinator; the first host's leads from the start, the others stand by. Agents that lose the
 leader ask the next host in the roster's order, so that they meet; who is told the roster by enough of the last
-generation's members (hosts.has_quorum) goes on from there. Not here: decisions (job.py), the process
-(coordinator.py).
+generation's members, and promised that they follow nobody from before, goes on from there. Not here: decisions
+(council.py, job.py), the process (coordinator.py).
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ from .actions import (
     Tell,
     Welcome,
 )
+from .council import Ask, Elected, Election, Try
 from .eventlog import EventLog
-from .hosts import BEAT_NS, PROBE_NS, Roster, has_quorum, newest
+from .hosts import BEAT_NS, PROBE_NS, Roster, Term
 from .job import Job
-from .messages import Caller, caller_of, form_order, joined_of
+from .messages import Caller, caller_of, form_order, heed_agent, heed_rank, term_message, term_of
 
 ELECT_S: Final = 3.0
 DOOR_S: Final = 1.0
@@ -54,7 +55,7 @@ class Control(control_pb2_grpc.ControlServicer):
     """The service. All methods run on one event loop."""
 
     def __init__(
-        self, name: str, world_size: int, job: Job | None, successor: Callable[[Roster], Job], log: EventLog
+        self, name: str, world_size: int, job: Job | None, successor: Callable[[Roster, Term], Job], log: EventLog
     ) -> None:
         """`job` None: stand by. `successor` makes the job that goes on from a roster."""
         self._name = name
@@ -65,9 +66,9 @@ class Control(control_pb2_grpc.ControlServicer):
         self.address = ""
         self._ranks: dict[int, asyncio.Queue[Any]] = {}
         self._agents: dict[int, Caller] = {}
-        self._candidates: set[Caller] = set()
-        self._dead: set[int] = set()
-        self._asking: set[int] = set()
+        self._asking: list[Caller] = []  # agents, while nobody is in charge here
+        self._election = Election()
+        self._trying: set[int] = set()  # hosts, at their doors
         self._in_charge = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._probes: set[asyncio.Task[None]] = set()
@@ -110,12 +111,12 @@ class Control(control_pb2_grpc.ControlServicer):
                 if self._job is job:
                     self._do(job.on_session_lost(hello.rank, hello.incarnation))
 
-    async def _read(self, messages: Any, handle: Callable[[Job, Any], list[Action]], queue: asyncio.Queue[Any]) -> None:
+    @staticmethod
+    async def _read(messages: Any, handle: Callable[[Any], None], queue: asyncio.Queue[Any]) -> None:
         """Handle a stream's messages until it ends; whatever went wrong, the other side opens a new one."""
         try:
             async for message in messages:
-                if self._job is not None:
-                    self._do(handle(self._job, message))
+                handle(message)
         except grpc.RpcError:
             pass  # the stream broke: same as its end
         except Exception:
@@ -124,34 +125,10 @@ class Control(control_pb2_grpc.ControlServicer):
         finally:
             queue.put_nowait(None)
 
-    def _on_rank_message(self, rank: int, incarnation: int, job: Job, message: Any) -> list[Action]:
-        now_ns, generation = time.monotonic_ns(), int(message.generation)
-        foreign = self._foreign(job.slots[rank].host)
-        match message.WhichOneof("body"):
-            case "join":
-                return job.on_join(now_ns, rank, generation, joined_of(rank, incarnation, message.join))
-            case "store_set":
-                body = message.store_set
-                return job.on_store_set(rank, generation, body.key, body.value, body.gather)
-            case "restored":
-                body = message.restored
-                sources = [(s.rung, int(s.bytes), int(s.pieces)) for s in body.sources]
-                restored_ns = now_ns if foreign else int(body.restored_ns)
-                return job.on_restored(rank, generation, restored_ns, sources, body.note, int(body.inexact_since))
-            case "committed":
-                body = message.committed
-                committed_ns = now_ns if foreign else int(body.committed_ns)
-                first = body.first_after_resume
-                actions = job.on_committed(rank, generation, int(body.step), committed_ns, body.loss, first)
-                actions += job.on_protected(int(body.protected_placement), int(body.protected_step))
-                if body.replica_mismatch:
-                    actions += job.on_mismatch(rank, int(body.step), body.replica_mismatch)
-                return actions
-            case "suspect":
-                return job.on_suspect(now_ns, rank, generation, message.suspect.what)
-            case "goodbye":
-                return job.on_goodbye(now_ns, rank, incarnation, int(message.goodbye.step))
-        return []
+    def _on_rank_message(self, rank: int, incarnation: int, message: Any) -> None:
+        if (job := self._job) is not None:
+            foreign = self._foreign(job.slots[rank].host)
+            self._do(heed_rank(job, rank, incarnation, message, now_ns=time.monotonic_ns(), foreign=foreign))
 
     def _foreign(self, host: int) -> bool:
         """Whether that host's clock is another than ours."""
@@ -167,67 +144,66 @@ class Control(control_pb2_grpc.ControlServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a session is AgentHello")
             return
         caller = caller_of(first.hello)
-        if self._job is None:
-            self._candidates.add(caller)
-            try:
-                self._elect()
-                await self._leading(context)
-            finally:
-                self._candidates.discard(caller)
-        else:
+        if self._job is not None and caller.promised > self._job.term:
+            self._resign(caller)
+        if self._job is not None:
             self._welcome(caller)
+        else:
+            self._asking.append(caller)
+            self._elect()
         handle = partial(self._on_agent_message, caller)
         reader = asyncio.create_task(self._read(request_iterator, handle, caller.queue))
-        beats = asyncio.create_task(self._beat(caller.queue))
+        patience = asyncio.get_running_loop().call_later(ELECT_S, self._send_away, caller)
+        beats = asyncio.create_task(self._beat(caller))
         try:
             while (order := await caller.queue.get()) is not None:
                 yield order
+            if caller in self._asking:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "this coordinator is not in charge")
         finally:
             reader.cancel()
+            patience.cancel()
             beats.cancel()
+            if caller in self._asking:
+                self._asking.remove(caller)
             if self._agents.get(caller.told.index) is caller:
                 del self._agents[caller.told.index]
                 if self._job is not None:
                     self._do(self._job.on_agent_gone(time.monotonic_ns(), caller.told.index))
 
+    def _send_away(self, caller: Caller) -> None:
+        if caller in self._asking:
+            caller.queue.put_nowait(None)
+
     def _welcome(self, caller: Caller) -> None:
         assert self._job is not None
         # A number first, so that what follows finds its way.
         actions = self._job.on_agent_hello(time.monotonic_ns(), caller.told, caller.ranks)
+        if Welcome(caller.told.index, fenced=True) in actions:  # under a number that may be another's
+            caller.queue.put_nowait(self._welcome_order(caller.told.index, fenced=True))
+            return
         self._agents[caller.told.index] = caller
         self._do(actions)
+        for message in caller.backlog:
+            self._on_agent_message(caller, message)
 
-    @staticmethod
-    async def _beat(queue: asyncio.Queue[Any]) -> None:
+    async def _beat(self, caller: Caller) -> None:
         while True:
             await asyncio.sleep(BEAT_NS / 1e9)
-            queue.put_nowait(pb.AgentOrder(beat=pb.Beat()))
+            if self._agents.get(caller.told.index) is caller:  # who is not in charge must not seem to be
+                caller.queue.put_nowait(pb.AgentOrder(beat=pb.Beat()))
 
-    def _on_agent_message(self, caller: Caller, job: Job, message: Any) -> list[Action]:
-        host, now_ns = caller.told.index, time.monotonic_ns()
-        actions = job.on_agent_beat(now_ns, host)
-        match message.WhichOneof("body"):
-            case "started":
-                body = message.started
-                return job.on_rank_started(now_ns, body.rank, body.incarnation, body.pid, host, body.source)
-            case "exited":
-                body = message.exited
-                detected_ns, progress_ns = int(body.detected_ns), int(body.last_progress_ns)
-                if self._foreign(host):
-                    detected_ns, progress_ns = now_ns, now_ns - (detected_ns - progress_ns) if progress_ns else 0
-                return job.on_rank_exited(
-                    now_ns,
-                    body.rank,
-                    body.incarnation,
-                    body.reason,
-                    detected_ns=detected_ns,
-                    last_progress_ns=progress_ns,
-                    finished=body.finished,
-                    phase=body.phase,
-                )
-            case "failed":
-                return job.on_agent_failed(host, message.failed.reason)
-        return actions
+    def _on_agent_message(self, caller: Caller, message: Any) -> None:
+        if caller in self._asking:
+            if message.WhichOneof("body") == "promised":
+                caller.promised = term_of(message.promised.term)
+                self._elect()
+            else:
+                caller.backlog.append(message)
+        elif (job := self._job) is not None and self._agents.get(caller.told.index) is caller:
+            host = caller.told.index
+            foreign = self._foreign(host)
+            self._do(heed_agent(job, host, message, now_ns=time.monotonic_ns(), foreign=foreign))
 
     # ---- taking over --------------------------------------------------------------------------------
 
@@ -242,42 +218,54 @@ class Control(control_pb2_grpc.ControlServicer):
         return self._job
 
     def _elect(self) -> None:
-        """Go on where the last coordinator stopped, if enough agents ask for it."""
-        if self._job is not None or not self._candidates:
+        """Go on where the last coordinator stopped, if enough agents ask for it and promise to follow."""
+        if self._job is not None or not self._asking:
             return
-        roster = newest(caller.roster for caller in self._candidates)
-        if not roster.members:
-            return  # before the first generation only the first coordinator may decide
-        voters = {rank: host for rank, (_, host) in roster.members.items()}
-        heard = {caller.told.index for caller in self._candidates}
-        dead = (self._dead | {host.index for host in roster.hosts if host.proven}) - heard
-        if has_quorum(voters, heard, dead):
-            self._take_over(roster)
-            return
-        for host in roster.hosts:
-            if host.index not in heard | dead | self._asking:
-                self._asking.add(host.index)
-                self._spawn(self._try_door(host.index, host.door))
+        self._election.leader = self.address
+        match self._election.next(self._asking):
+            case Elected(term, roster):
+                self._take_over(term, roster)
+            case Ask(term, indices):
+                for caller in [self._asking[index] for index in indices]:
+                    caller.asked = term
+                    caller.queue.put_nowait(pb.AgentOrder(promise=pb.Promise(term=term_message(term))))
+            case Try(hosts):
+                for host in hosts:
+                    if host.index not in self._trying:
+                        self._trying.add(host.index)
+                        self._spawn(self._try_door(host.index, host.door))
 
-    def _take_over(self, roster: Roster) -> None:
-        self._job = self._successor(roster)
-        members = sorted(self._candidates, key=lambda caller: caller.told.index)
-        heard = [caller.told.index for caller in members]
-        self._log.write({"event": "coordinator_took_over", "generation": roster.generation, "hosts": heard})
-        for caller in members:
-            self._welcome(caller)
-        for index in sorted(self._dead):
-            self._do(self._job.on_probe(time.monotonic_ns(), index, refused=True))
-        self._dead = set()
+    def _take_over(self, term: Term, roster: Roster) -> None:
+        self._job = self._successor(roster, term)
+        callers, self._asking = sorted(self._asking, key=lambda caller: caller.told.index), []
+        heard = [caller.told.index for caller in callers]
+        event = {"event": "coordinator_took_over", "generation": roster.generation, "term": term.number}
+        self._log.write({**event, "hosts": heard})
+        for caller in callers:
+            if self._job is not None:
+                self._welcome(caller)
+        for index in sorted(self._election.dead):
+            if self._job is not None:
+                self._do(self._job.on_probe(time.monotonic_ns(), index, refused=True))
+        self._election = Election()
         self._in_charge.set()
+
+    def _resign(self, caller: Caller) -> None:
+        """Others may be led by somebody else already: whoever has a quorum now is to find out what stands."""
+        reason = f"host {caller.told.name} promised to follow {caller.promised.leader}"
+        self._log.write({"event": "coordinator_resigned", "reason": reason})
+        self._leave_charge()
+
+    def _leave_charge(self) -> None:
+        self._job = None
+        self._in_charge.clear()
+        self.end_sessions()
 
     def _step_down(self, reason: str) -> None:
         """Without a quorum nothing may be decided here, and the ranks of these hosts must not wait for the others."""
         self._log.write({"event": "coordinator_stepped_down", "reason": reason})
         self._tell_agents(pb.AgentOrder(welcome=pb.AgentWelcome(index=-1, fenced=True)))
-        self._job = None
-        self._in_charge.clear()
-        self.end_sessions()
+        self._leave_charge()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -299,10 +287,10 @@ class Control(control_pb2_grpc.ControlServicer):
         if self._job is not None:
             self._do(self._job.on_probe(time.monotonic_ns(), index, refused=refused))
         elif refused:
-            self._dead.add(index)
+            self._election.dead.add(index)
         else:
             await asyncio.sleep(PROBE_NS / 1e9)
-        self._asking.discard(index)  # not before: each answer would ask all the others again
+        self._trying.discard(index)  # not before: each answer would ask all the others again
         self._elect()
 
     # ---- admin --------------------------------------------------------------------------------------
@@ -356,8 +344,7 @@ class Control(control_pb2_grpc.ControlServicer):
     def _do_for_agents(self, action: Action) -> None:
         match action:
             case Welcome(host, fenced):
-                order = pb.AgentOrder(welcome=pb.AgentWelcome(index=host, fenced=fenced))
-                self._tell_agent(host, order)
+                self._tell_agent(host, self._welcome_order(host, fenced=fenced))
             case Adopt(host, rank, incarnation):
                 self._tell_agent(host, pb.AgentOrder(adopt=pb.Adopt(rank=rank, incarnation=incarnation)))
             case Tell(roster, topology):
@@ -366,6 +353,11 @@ class Control(control_pb2_grpc.ControlServicer):
                     self._tell_agent(host, pb.AgentOrder(topology=pb.Topology(json=text)))
             case JobDone():
                 self._tell_agents(pb.AgentOrder(done=pb.JobDone()))
+
+    def _welcome_order(self, host: int, *, fenced: bool) -> Any:
+        assert self._job is not None
+        term = term_message(self._job.term)
+        return pb.AgentOrder(welcome=pb.AgentWelcome(index=host, fenced=fenced, term=term))
 
     def _order(self, ranks: Iterable[int], order: Any) -> None:
         for rank in ranks:

@@ -32,7 +32,7 @@ from holdfast.proto.gen import control_pb2_grpc
 
 from .control import Control
 from .eventlog import EventLog, last_generation
-from .hosts import Roster
+from .hosts import Roster, Term
 from .job import Job
 
 TOKEN_HEADER = "holdfast-token"
@@ -117,8 +117,8 @@ async def serve(arguments: argparse.Namespace, token: str) -> int:
     return 0
 
 
-def _successor(world_size: int, options: dict[str, Any], roster: Roster) -> Job:
-    return Job.from_roster(world_size, roster, time.monotonic_ns(), **options)
+def _successor(world_size: int, options: dict[str, Any], roster: Roster, term: Term) -> Job:
+    return Job.from_roster(world_size, roster, time.monotonic_ns(), term=term, **options)
 
 
 def main() -> int:

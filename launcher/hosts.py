@@ -8,7 +8,8 @@ connection to it, the agent is dead, and its ranks with it (they hold its lifeli
 none: the host may be cut off and still computing. It is given up when its lease has run out, which it counts
 itself from the last word of a coordinator, and ends its ranks by then. Invariants:
 
-* a number is never given to a second host, and a host that was given up never counts again under it;
+* a number is never given to a second host, and a host that was given up has no ranks under it any more;
+* a door is an agent's own as long as it lives: by it an agent is known again, whatever number it has now;
 * of two sides that cannot hear each other at most one has a quorum.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from holdfast.proto.errors import ProtocolViolation
 
@@ -26,6 +27,16 @@ BEAT_NS = 250_000_000
 SILENT_NS = 4 * BEAT_NS
 """A host that said nothing for so long is asked."""
 PROBE_NS = 250_000_000
+
+
+class Term(NamedTuple):
+    """One coordinator's time in charge. Later ones are larger; the first coordinator's is the smallest."""
+
+    number: int = 0
+    leader: str = ""
+
+
+FIRST: Final = Term()
 
 
 @dataclass(slots=True)
@@ -59,6 +70,8 @@ class Roster:
     holders: Mapping[int, int] = field(default_factory=dict)  # rank -> host that has it, or was given it
     hosts: tuple[Host, ...] = ()
     placements: tuple[str, ...] = ()  # JSON, oldest first
+    before: tuple[Mapping[int, int], ...] = ()  # rank -> host: memberships that may be in force instead of `members`
+    term: Term = FIRST  # of the coordinator that tells it
 
     def encoded(self) -> str:
         """As JSON."""
@@ -76,14 +89,17 @@ class Roster:
             holders = {int(rank): int(host) for rank, host in value["holders"].items()}
             hosts = tuple(Host(**host) for host in value["hosts"])
             numbers = int(value["number"]), int(value["generation"]), int(value["step"])
-            return Roster(*numbers, members, incarnations, holders, hosts, tuple(map(str, value["placements"])))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            placements = tuple(map(str, value["placements"]))
+            before = tuple({int(rank): int(host) for rank, host in one.items()} for one in value["before"])
+            term = Term(int(value["term"][0]), str(value["term"][1]))
+            return Roster(*numbers, members, incarnations, holders, hosts, placements, before, term)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ProtocolViolation(f"a roster that cannot be read: {error}") from None
 
 
 def newest(rosters: Iterable[Roster]) -> Roster:
-    """The one that knows most."""
-    return max(rosters, key=lambda roster: (roster.generation, roster.number), default=Roster())
+    """The one that counts: of the latest coordinator, and of that one's the last."""
+    return max(rosters, key=lambda roster: (roster.term, roster.generation, roster.number), default=Roster())
 
 
 def has_quorum(voters: Mapping[int, int], heard: Collection[int], dead: Collection[int]) -> bool:
@@ -142,13 +158,34 @@ class HostBook:
         """Hosts that are not given up."""
         return {index: host for index, host in self.all.items() if not host.lost}
 
+    def same(self, indices: Collection[int]) -> set[int]:
+        """These numbers, and all that their agents had before or have now."""
+        doors = {self.all[index].door for index in indices if index in self.all} - {""}
+        return {*indices, *(index for index, host in self.all.items() if host.door in doors)}
+
     def heard(self, now_ns: int) -> set[int]:
-        """Hosts whose agent is connected and spoke lately: well before its lease would run out."""
-        return {i for i, h in self.live().items() if h.connected and now_ns - h.heard_ns <= self.lease_ns // 2}
+        """Numbers of agents that are connected and spoke lately: well before a lease would run out."""
+        here = {i for i, h in self.live().items() if h.connected and now_ns - h.heard_ns <= self.lease_ns // 2}
+        return self.same(here)
 
     def dead(self) -> set[int]:
-        """Hosts whose agent's death is certain."""
-        return {index for index, host in self.all.items() if host.proven}
+        """Numbers of agents whose death is certain."""
+        return self.same({index for index, host in self.all.items() if host.proven})
+
+    def gone(self) -> dict[int, str]:
+        """Hosts that can be given up at once, and why: their ranks have ended for certain."""
+        newest = {host.door: index for index, host in sorted(self.all.items()) if host.connected and host.door}
+        found = {index: "its agent is gone" for index, host in self.live().items() if host.proven}
+        for index, host in self.live().items():
+            if index < newest.get(host.door, -1):
+                found[index] = "it ended its ranks itself"
+        return found
+
+    def protectors(self) -> dict[int, str]:
+        """Where to ask for what a host keeps, by every number that it is known under."""
+        doors = {host.door: host.protector for host in self.live().values() if host.door and host.protector}
+        now = {index: host.protector for index, host in self.live().items() if host.protector}
+        return {index: doors[host.door] for index, host in self.all.items() if host.door in doors} | now
 
     def hello(self, now_ns: int, told: Host) -> Host | None:
         """An agent introduces itself; None if that number was given up, or is another's. A new one gets the next."""

@@ -10,7 +10,9 @@ Everything that another coordinator would need to go on is in the roster, which 
 changes. Not here: sockets and clocks (coordinator.py), which step to resume from (runtime/recovery/decide.py).
 Invariants:
 
-* ranks are given away only with a quorum, and only from a host that is proven dead or whose lease has run out;
+* ranks are given away only with a quorum, and only from a host that is proven dead, ended them itself, or whose
+  lease has run out;
+* ranks act on new hosts or a new placement only once those who could elect the next coordinator know (council.py);
 * a placement is never changed, only followed by one with a higher number; old ones stay known until their parity
   is no longer needed.
 """
@@ -21,17 +23,21 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from holdfast.ckpt.memory.placement import decodable, place, survivable
+from holdfast.ckpt.memory.placement import decodable, place
 from holdfast.ckpt.memory.redundancy import NONE, SHARDS_MAX, HostInfo, Placement, Redundancy, SlotInfo
 from holdfast.runtime.recovery.decide import Impossible, Resume
 
-from .actions import Action, Adopt, Announce, Probe, Record, StepDown, StopJob, Tell, Welcome
-from .hosts import Host, HostBook, Roster, assign, has_quorum
+from .actions import Action, Adopt, Announce, Form, Probe, Record, StepDown, StopJob, Tell, Welcome
+from .council import Council, councils
+from .hosts import FIRST, Host, HostBook, Roster, Term, assign
 from .membership import Membership
+from .shown import host_rows, redundancy_row
 from .slots import Joined
 from .verdict import choose
 
 PLACEMENTS_KEPT: Final = 4
+TERM_BITS: Final = 32
+"""Rosters of a later coordinator have larger numbers, whatever its predecessor told that it never heard of."""
 REBUILDS_TRIED: Final = 8
 """Generations in a row that may fail to rebuild the same step: shards that are reported may yet be out of reach."""
 
@@ -64,7 +70,10 @@ class Job(Membership):
         self._spread = spread
         self._wait_ns = wait_ns
         self._waiting: dict[int, int] = {}  # rank without a host -> until when one is waited for
-        self._voters: dict[int, int] = {}
+        self.term = FIRST
+        self.council = Council()
+        self._held: Form | None = None  # until others know of its members
+        self._settled: Placement | None = None  # that they know of; before, protectors keep to the one they have
         self._number = 0
         self._placements: list[Placement] = []
         self._current: Placement | None = None
@@ -74,7 +83,7 @@ class Job(Membership):
         self._mismatch = ""
 
     @staticmethod
-    def from_roster(world_size: int, roster: Roster, now_ns: int, **options: object) -> Job:
+    def from_roster(world_size: int, roster: Roster, now_ns: int, *, term: Term = FIRST, **options: object) -> Job:
         """A job that another coordinator led until now; hosts that say nothing are lost when their lease ends."""
         members = {rank: incarnation for rank, (incarnation, _) in roster.members.items()}
         job = Job(world_size, generation=roster.generation, members=members, **options)  # type: ignore[arg-type]
@@ -88,11 +97,14 @@ class Job(Membership):
             if slot.host < 0 or (slot.host in job.book.all and job.book.all[slot.host].lost):
                 slot.incarnation += 1  # whoever was given it meanwhile is not known here
                 job._waiting[rank] = now_ns + job._wait_ns
-        job._voters = {rank: index for rank, (_, index) in roster.members.items()}
-        job._number, job.step = roster.number, roster.step
+        job.term, job.step = term, roster.step
+        job._number = max(roster.number, term.number << TERM_BITS)
+        job.council.standing = councils(roster)
+        if len(job.council.standing) > 1:  # whether ranks act on the newest already, nobody here knows
+            job.council.propose(job.council.standing[-1], job._number + 1)
         job._placements = [Placement.from_json(text) for text in roster.placements]
         job._current = job._placements[-1] if job._placements else None
-        job.placement = job._current.number if job._current is not None else 0
+        job.placement, job._settled = (job._current.number if job._current is not None else 0), job._current
         return job
 
     # ---- agents -------------------------------------------------------------------------------------
@@ -104,15 +116,22 @@ class Job(Membership):
         if known is None:
             return [Welcome(index, fenced=True)]
         actions: list[Action] = [Welcome(known.index)]
-        if index != known.index or known.index not in self._voters.values():
+        if index != known.index or known.index not in self.council.newest.values():
             actions.append(Record({"event": "host_joined", "host": known.index, "name": known.name}))
         ranks = list(ranks)
         actions += self.on_host_ranks(now_ns, known.index, ranks)
-        if self._voters:  # an order to start a rank may never have reached it
+        if self.council.newest:  # an order to start a rank may never have reached it
             there = {rank for rank, _, _ in ranks}
             given = [r for r, s in self.slots.items() if s.host == known.index and not s.finished and r not in there]
             actions += [Adopt(known.index, rank, self.slots[rank].incarnation) for rank in given]
-        return [*actions, *self._place_waiting(now_ns), self.tell()]
+        return [*actions, *self._give_up_gone(now_ns), *self._place_waiting(now_ns), self.tell()]
+
+    def on_agent_learnt(self, now_ns: int, index: int, term: Term, number: int) -> list[Action]:
+        """An agent has that roster, and will tell the next coordinator of it."""
+        if term != self.term or index not in self.book.all:
+            return []
+        self.council.learnt[index] = max(number, self.council.learnt.get(index, 0))
+        return self._settle()
 
     def on_agent_beat(self, now_ns: int, index: int) -> list[Action]:
         """Its agent lives."""
@@ -133,17 +152,18 @@ class Job(Membership):
         if host is None or host.connected or not refused:
             return []
         host.proven = True
-        return self._give_up_dead(now_ns)
+        return self._give_up_gone(now_ns)
 
-    def _give_up_dead(self, now_ns: int) -> list[Action]:
-        """Hosts whose agents are gone, all of them at once: with each alone too few others might seem to be left."""
-        gone = [host for host in self.book.live().values() if host.proven]
+    def _give_up_gone(self, now_ns: int) -> list[Action]:
+        """Hosts whose ranks are gone, all of them at once: with each alone too few others might seem to be left."""
+        gone = self.book.gone()
         if not gone or not self._has_quorum(now_ns):
             return []
-        return [action for host in gone for action in self._host_lost(now_ns, host, "its agent is gone")]
+        hosts = [(self.book.all[index], reason) for index, reason in gone.items()]
+        return [action for host, reason in hosts for action in self._host_lost(now_ns, host, reason)]
 
     def _has_quorum(self, now_ns: int) -> bool:
-        return has_quorum(self._voters, self.book.heard(now_ns), self.book.dead())
+        return self.council.decides(self.book.heard(now_ns), self.book.dead())
 
     def on_agent_failed(self, index: int, reason: str) -> list[Action]:
         """A host cannot go on, and the job with it."""
@@ -158,7 +178,7 @@ class Job(Membership):
             actions.append(StopJob(1, f"no host came for the ranks {', '.join(map(str, late))} of lost hosts"))
         if len(self.book.live()) < 2:
             return actions
-        actions += self._give_up_dead(now_ns)
+        actions += self._give_up_gone(now_ns)
         for host in self.book.expired(now_ns):
             silent_s = (now_ns - host.heard_ns) / 1e9
             actions += self._host_lost(now_ns, host, f"silent for {silent_s:.1f} s")
@@ -200,7 +220,7 @@ class Job(Membership):
         actions += self._place_waiting(now_ns)
         if unfinished:
             actions += self._begin(now_ns, f"host {host.name} lost: {reason}", cause=cause)
-        return [*actions, self.tell()]
+        return [*actions, self.tell(), *self._settle()]
 
     def _place_waiting(self, now_ns: int) -> list[Action]:
         """Give ranks without a host to one, if there is one for them."""
@@ -220,8 +240,13 @@ class Job(Membership):
 
     # ---- generations ----------------------------------------------------------------------------------
 
-    def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
-        decision = choose(joins, self._reachable(joins))
+    def _begin(self, now_ns: int, reason: str, cause: dict[str, object] | None = None) -> list[Action]:
+        self._held = None
+        self.council.withdraw()
+        return super()._begin(now_ns, reason, cause)
+
+    def _decide(self, joins: Mapping[int, Joined], *, solo: bool) -> Resume | Impossible:
+        decision = choose(joins, self._reachable(joins), solo=solo)
         if isinstance(decision, Impossible):
             return decision
         rebuilt = tuple(rank for rank, source in sorted(decision.sources.items()) if source.rung == "parity")
@@ -261,12 +286,34 @@ class Job(Membership):
         )
 
     def _before_form(self, joins: Mapping[int, Joined]) -> list[Action]:
-        self._voters = {rank: self.slots[rank].host for rank in joins}
+        if len(joins) < self.world_size:
+            return []
         images = {rank: joined.image_bytes for rank, joined in joins.items()}
-        actions: list[Action] = []
-        if len(joins) == self.world_size:
-            actions += self._protect(images, {rank: joined.report.peers for rank, joined in joins.items()})
-        return [*actions, self.tell()]
+        return self._protect(images, {rank: joined.report.peers for rank, joined in joins.items()})
+
+    def _send(self, now_ns: int, form: Form) -> list[Action]:
+        """The same hosts as before go on at once; others wait until whoever counts has heard of it."""
+        voters = {rank: host for rank, _, host, _ in form.members}
+        known = self.council.standing == (voters,) and self._current == self._settled
+        self.council.propose(voters, self._number + 1)
+        if known or len(self.book.all) < 2:
+            self._stands()
+            return [self.tell(), form]
+        self._held = form
+        return [self.tell()]
+
+    def _settle(self) -> list[Action]:
+        """What was proposed stands, if it is known to all that it must be known to."""
+        council, book = self.council, self.book
+        if council.proposed is None or not council.is_learnt(book.live(), book.same(council.knowing()), book.dead()):
+            return []
+        self._stands()
+        form, self._held = self._held, None
+        return [self.tell(), *([form] if form is not None else [])]
+
+    def _stands(self) -> None:
+        self.council.settle()
+        self._settled = self._current
 
     def _protect(self, images: Mapping[int, int], peers: Mapping[int, tuple[int, ...]]) -> list[Action]:
         """A new placement, if hosts or sizes are not those of the current one."""
@@ -322,14 +369,16 @@ class Job(Membership):
             number=self._number,
             generation=self.generation,
             step=self.step,
-            members={r: (self.slots[r].incarnation, host) for r, host in self._voters.items()},
+            members={r: (self.slots[r].incarnation, host) for r, host in self.council.newest.items()},
             incarnations={rank: slot.incarnation for rank, slot in self.slots.items()},
             holders={rank: slot.host for rank, slot in self.slots.items() if rank not in self._waiting},
             hosts=tuple(self.book.all.values()),
             placements=tuple(placement.to_json() for placement in self._placements),
+            before=self.council.before,
+            term=self.term,
         )
-        addresses = {str(i): host.protector for i, host in self.book.live().items() if host.protector}
-        placement = self._current.to_json() if self._current is not None else None
+        addresses = {str(index): address for index, address in self.book.protectors().items()}
+        placement = self._settled.to_json() if self._settled is not None else None
         common = {"number": self._number, "hosts": addresses, "placement": placement}
         topology = {index: json.dumps({**common, "me": index}) for index in self.book.live()}
         return Tell(roster.encoded(), topology)
@@ -341,34 +390,8 @@ class Job(Membership):
         assert isinstance(rows, list)
         for row in rows:
             row["host"] = self.book.all[row["host"]].name if row["host"] in self.book.all else ""
-        found["hosts"] = [
-            {
-                "host": host.index,
-                "name": host.name,
-                "address": host.address,
-                "domain": host.domain,
-                "connected": host.connected,
-                "lost": host.lost,
-                "ranks": [rank for rank, slot in self.slots.items() if slot.host == host.index],
-            }
-            for host in self.book.all.values()
-        ]
+        found["hosts"] = host_rows(self.book.all.values(), {rank: slot.host for rank, slot in self.slots.items()})
         found["waiting"] = sorted(self._waiting)
-        found["redundancy"] = self._redundancy_status()
-        return found
-
-    def _redundancy_status(self) -> dict[str, object] | None:
-        placement = self._current
-        if placement is None:
-            return None
         lost = [index for index, host in self.book.all.items() if host.lost]
-        protected = self._protected[0] == placement.number
-        left = survivable(placement, lost)
-        return {
-            "code": f"rs:{placement.k}+{placement.m}",
-            "placement": placement.number,
-            "protected_step": self._protected[1] if protected else -1,
-            "stripes": {str(stripe): count if protected else 0 for stripe, count in left.items()},
-            "losses_tolerated": min(left.values(), default=0) if protected else 0,
-            "warnings": list(placement.warnings),
-        }
+        found["redundancy"] = redundancy_row(self._current, self._protected, lost)
+        return found

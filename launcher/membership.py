@@ -171,6 +171,9 @@ class Membership:
             # The log lost its tail; the ranks know better.
             self.generation = generation
         if self.state is State.FORMING:
+            if generation and generation == self.generation:
+                # Another coordinator formed it: the rank will not join it again, and not all may be in it.
+                return self._begin(now_ns, f"rank {rank} comes from a generation of another coordinator")
             return [Fence(self.generation, "joining", (rank,))] if self.generation else self._begin(now_ns, "start")
         if newer or self.members.get(rank) != incarnation or generation != self.generation:
             return self._begin(now_ns, f"rank {rank} joins")
@@ -310,7 +313,7 @@ class Membership:
             return []
         if different := mismatch(self._joins):
             return [StopJob(2, different)]
-        decision = self._decide(self._joins)
+        decision = self._decide(self._joins, solo=bool(finished))
         if isinstance(decision, Impossible):
             return [StopJob(1, self._why_lost(decision))]
         if refused := why_not(decision, self._joins, finished, self.step):
@@ -331,24 +334,14 @@ class Membership:
         self.step = decision.step
         record = formed_event(self.generation, self.members, decision, formation, solo=bool(finished))
         joins, self._joins = self._joins, {}
-        return [
-            Record(record),
-            *self._before_form(joins),
-            Form(
-                self.generation,
-                members,
-                decision.step,
-                decision.fresh,
-                bool(finished),
-                ranks,
-                self.placement,
-                formation,
-            ),
-        ]
+        actions = [Record(record), *self._before_form(joins)]
+        alone, step = bool(finished), decision.step
+        form = Form(self.generation, members, step, decision.fresh, alone, ranks, self.placement, formation)
+        return [*actions, *self._send(now_ns, form)]
 
-    def _decide(self, joins: Mapping[int, Joined]) -> Resume | Impossible:
+    def _decide(self, joins: Mapping[int, Joined], *, solo: bool) -> Resume | Impossible:
         """The step to resume from, and everybody's source."""
-        return choose(joins, {})
+        return choose(joins, {}, solo=solo)
 
     def _why_lost(self, decision: Impossible) -> str:
         """One line for a job that has nothing to resume from."""
@@ -357,13 +350,18 @@ class Membership:
         ranks = ", ".join(map(str, decision.missing))
         return (
             f"the state of rank {ranks} after step {decision.newest} is lost: no live copy, no snapshot. "
-            "Keep snapshots on (--snapshots on), or run data-parallel replicas"
+            "Keep snapshots on (--snapshots on), or run data-parallel replicas without ZeRO-1"
         )
 
     def _before_form(self, joins: Mapping[int, Joined]) -> list[Action]:
-        """What others must hear before the ranks go on."""
+        """What is decided together with it."""
         del joins
         return []
+
+    def _send(self, now_ns: int, form: Form) -> list[Action]:
+        """Have the ranks go on, now or when others have heard what they must."""
+        del now_ns
+        return [form]
 
     def _recovered(self, recovery: Recovery, step: int, committed_ns: int) -> list[Action]:
         self._recovery = None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.proto.gen import control_pb2 as pb
 from holdfast.runtime.recovery.decide import Report
 
-from .actions import Form
-from .hosts import Host, Roster
+from .actions import Action, Form
+from .hosts import FIRST, Host, Roster, Term
+from .job import Job
 from .slots import Joined
 
 
@@ -22,6 +23,9 @@ class Caller:
     ranks: list[tuple[int, int, int]]
     roster: Roster
     queue: asyncio.Queue[Any]
+    promised: Term = FIRST
+    asked: Term = FIRST
+    backlog: list[Any] = field(default_factory=list)  # what it said before anybody was in charge here
 
 
 def caller_of(hello: Any) -> Caller:
@@ -37,7 +41,17 @@ def caller_of(hello: Any) -> Caller:
         domain=hello.domain,
     )
     ranks = [(r.rank, r.incarnation, r.pid) for r in hello.ranks]
-    return Caller(told, ranks, Roster.decoded(hello.roster), asyncio.Queue())
+    return Caller(told, ranks, Roster.decoded(hello.roster), asyncio.Queue(), term_of(hello.promised))
+
+
+def term_of(term: Any) -> Term:
+    """A term; that of the first coordinator if the message has none."""
+    return Term(int(term.number), str(term.leader))
+
+
+def term_message(term: Term) -> Any:
+    """The same, to be sent."""
+    return pb.Term(number=term.number, leader=term.leader)
 
 
 def joined_of(rank: int, incarnation: int, join: Any) -> Joined:
@@ -84,3 +98,62 @@ def form_order(form: Form) -> Any:
         inexact_since=form.inexact.since,
     )
     return pb.RankOrder(generation=form.generation, form=body)
+
+
+def heed_rank(job: Job, rank: int, incarnation: int, message: Any, *, now_ns: int, foreign: bool) -> list[Action]:
+    """What a rank said, to the job. `foreign`: the clock of its host is another than ours."""
+    generation = int(message.generation)
+    match message.WhichOneof("body"):
+        case "join":
+            return job.on_join(now_ns, rank, generation, joined_of(rank, incarnation, message.join))
+        case "store_set":
+            body = message.store_set
+            return job.on_store_set(rank, generation, body.key, body.value, body.gather)
+        case "restored":
+            body = message.restored
+            sources = [(s.rung, int(s.bytes), int(s.pieces)) for s in body.sources]
+            restored_ns = now_ns if foreign else int(body.restored_ns)
+            return job.on_restored(rank, generation, restored_ns, sources, body.note, int(body.inexact_since))
+        case "committed":
+            body = message.committed
+            committed_ns = now_ns if foreign else int(body.committed_ns)
+            first = body.first_after_resume
+            actions = job.on_committed(rank, generation, int(body.step), committed_ns, body.loss, first)
+            actions += job.on_protected(int(body.protected_placement), int(body.protected_step))
+            if body.replica_mismatch:
+                actions += job.on_mismatch(rank, int(body.step), body.replica_mismatch)
+            return actions
+        case "suspect":
+            return job.on_suspect(now_ns, rank, generation, message.suspect.what)
+        case "goodbye":
+            return job.on_goodbye(now_ns, rank, incarnation, int(message.goodbye.step))
+    return []
+
+
+def heed_agent(job: Job, host: int, message: Any, *, now_ns: int, foreign: bool) -> list[Action]:
+    """What an agent said, to the job."""
+    actions = job.on_agent_beat(now_ns, host)
+    match message.WhichOneof("body"):
+        case "started":
+            body = message.started
+            return job.on_rank_started(now_ns, body.rank, body.incarnation, body.pid, host, body.source)
+        case "exited":
+            body = message.exited
+            detected_ns, progress_ns = int(body.detected_ns), int(body.last_progress_ns)
+            if foreign:
+                detected_ns, progress_ns = now_ns, now_ns - (detected_ns - progress_ns) if progress_ns else 0
+            return job.on_rank_exited(
+                now_ns,
+                body.rank,
+                body.incarnation,
+                body.reason,
+                detected_ns=detected_ns,
+                last_progress_ns=progress_ns,
+                finished=body.finished,
+                phase=body.phase,
+            )
+        case "failed":
+            return job.on_agent_failed(host, message.failed.reason)
+        case "learnt":
+            return job.on_agent_learnt(now_ns, host, term_of(message.learnt.term), int(message.learnt.number))
+    return actions

@@ -54,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="scripted faults: rank=2,step=5,at=backward:3,kind=kill;...",
     )
     add("--snapshots", choices=("on", "off"), default="on", help="snapshots in memory (default on)")
+    add("--zero", choices=("0", "1"), default="", help="1: shard the optimizer's state over replicas (ZeRO-1)")
     recovering.add_options(parser)
     saving.add_options(parser)
     _add_hosts(parser)

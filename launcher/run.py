@@ -40,7 +40,7 @@ from .detector import Limits
 from .options import add_options
 from .processes import tell
 from .recovering import plan_recovering
-from .saving import plan_saving
+from .saving import check_history, plan_saving
 
 if TYPE_CHECKING:
     from .site import Options
@@ -136,7 +136,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         raise ConfigError(f"--faults: {error}") from None
     _check_torchrun(arguments)
     _check_script(arguments)
-    wanted = plan_saving(arguments, parse_min_max_nnodes(arguments.nnodes)[1])
     job = arguments.job_id or secrets.token_hex(4)
     if not _JOB_ID.fullmatch(job):
         raise ConfigError(f"--job-id has letters, digits, '.', '_' and '-' (at most 40), got {job!r}")
@@ -165,8 +164,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         ),
         "budget": MANAGED_BUDGET if arguments.max_restarts is None else arguments.max_restarts,
         "faults": arguments.faults,
+        "zero": arguments.zero,
         "recovering": plan_recovering(arguments),
-        "saving": wanted,
+        "saving": plan_saving(arguments, parse_min_max_nnodes(arguments.nnodes)[1]),
     }
 
 
@@ -303,6 +303,7 @@ def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     try:
         with _signals(arguments.signals_to_handle), _agent(options):
             if not serve_as_spare(arguments, options):
+                _check_history(options)
                 record(torchrun.run)(arguments)
     except ChildFailedError as error:
         raise Stopped(1, f"the job failed\n{error}") from None
@@ -312,6 +313,13 @@ def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         raise Stopped(1, f"no rendezvous: {str(error).splitlines()[0]}") from None
     finally:
         folder.tidy()
+
+
+def _check_history(options: Options) -> None:
+    """Of a job that starts now: one that runs already has its history in the folder."""
+    saving = options.saving
+    if saving.folder is not None:
+        check_history(saving.folder, saving.start, asked=bool(saving.asked))
 
 
 def _place(arguments: argparse.Namespace) -> None:

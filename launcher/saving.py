@@ -4,8 +4,9 @@
     SaverProcess: begin() ──▶ adopt(loop): watched, restarted if it dies ──▶ finish(): a last checkpoint, then the end
 
 The record of the run gets what the saver tells; the terminal gets what failed. Not here: what is saved when
-(ckpt/saver). Invariants: a folder holds the checkpoints of one history, so "newest" is never of another; ranks never
-wait for this process, nor does the agent before the end of the job.
+(ckpt/saver); whether hosts share the folder (sharing.py). Invariants: a folder holds the checkpoints of one history, so
+"newest" is never of another; of several hosts the first one decides what the job starts from; ranks never wait for this
+process, nor does the agent before the end of the job.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -54,12 +55,30 @@ class Saving:
     resume: Path | None = None
     start: int = int(NO_STEP)
     """Step of `resume`."""
+    asked: str = ""
+    """The user's word for it."""
+
+    def told(self) -> str:
+        """What the first host decided, for the others: the step and the path; empty: from the start."""
+        return f"{self.start}:{self.resume}" if self.resume is not None else ""
+
+    def as_told(self, told: str | None) -> Saving:
+        """What the first host decided instead of what this one found later; None: it cannot be asked."""
+        if told is None:
+            return replace(self, resume=None, start=int(NO_STEP)) if self.asked == LATEST else self
+        step, _, path = told.partition(":")
+        return replace(self, resume=Path(path) if path else None, start=int(step or NO_STEP))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `holdfast run` that are about checkpoints."""
     add = parser.add_argument_group("holdfast, checkpoints").add_argument
-    add("--checkpoint-dir", default="", metavar="DIR", help="write checkpoints to DIR/step-NNNNNNNN, in the background")
+    add(
+        "--checkpoint-dir",
+        default="",
+        metavar="DIR",
+        help="write checkpoints to DIR/step-NNNNNNNN, in the background; several hosts: a folder that all share",
+    )
     add("--checkpoint-every", type=int, default=1000, metavar="N", help="steps between two of them (default 1000)")
     add("--checkpoint-keep", type=int, default=3, metavar="N", help="the newest that are kept (default 3)")
     add(
@@ -97,11 +116,6 @@ def plan_saving(arguments: argparse.Namespace, hosts: int) -> Saving:
     folder = Path(arguments.checkpoint_dir).absolute() if arguments.checkpoint_dir else None
     if arguments.resume == LATEST and folder is None:
         raise ConfigError("--resume latest needs --checkpoint-dir; or give --resume the path of a checkpoint")
-    if folder is not None and hosts > 1:
-        raise ConfigError(
-            "--checkpoint-dir is for jobs of one host so far; on several hosts --resume PATH works, the checkpoint "
-            "being at PATH on each"
-        )
     if folder is not None and arguments.snapshots == "off":
         raise ConfigError(
             "--checkpoint-dir needs snapshots, which checkpoints are written from: leave out --snapshots off"
@@ -109,7 +123,9 @@ def plan_saving(arguments: argparse.Namespace, hosts: int) -> Saving:
     there = committed_steps(folder) if folder is not None else {}
     resume, start = _start(arguments.resume, there)
     if folder is not None:
-        _check_folder(folder, there, start, asked=bool(arguments.resume))
+        if hosts == 1:
+            check_history(folder, start, asked=bool(arguments.resume))
+        _check_folder(folder)
     return Saving(
         folder=folder,
         every=arguments.checkpoint_every,
@@ -118,6 +134,7 @@ def plan_saving(arguments: argparse.Namespace, hosts: int) -> Saving:
         grace_s=arguments.checkpoint_grace,
         resume=resume,
         start=start,
+        asked=arguments.resume,
     )
 
 
@@ -149,7 +166,9 @@ def _start(asked: str, there: dict[int, Path]) -> tuple[Path | None, int]:
     return path, int(trainer["step"])
 
 
-def _check_folder(folder: Path, there: dict[int, Path], start: int, *, asked: bool) -> None:
+def check_history(folder: Path, start: int, *, asked: bool) -> None:
+    """Raise ConfigError if a job that starts there would write a second history into the folder."""
+    there = committed_steps(folder)
     newest = max(there, default=int(NO_STEP))
     if newest > max(start, 0) or (there and not asked):
         what = f"the run starts from step {max(start, 0)}"
@@ -157,6 +176,9 @@ def _check_folder(folder: Path, there: dict[int, Path], start: int, *, asked: bo
             f"{folder} has checkpoints up to step {newest}, {what}: give --resume latest to go on from there, or "
             "another --checkpoint-dir"
         )
+
+
+def _check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -170,8 +192,19 @@ class SaverProcess:
     """The host's saver. See the module's docstring."""
 
     def __init__(
-        self, saving: Saving, *, smp: str, job: str, token: str, world_size: int, directory: Path, events: Path
+        self,
+        saving: Saving,
+        *,
+        smp: str,
+        job: str,
+        token: str,
+        world_size: int,
+        directory: Path,
+        events: Path,
+        bind: str = "",
+        name: str = "",
     ) -> None:
+        """`bind`, `name`: in a job of several hosts, whose savers write together."""
         assert saving.folder is not None
         self.page = directory / "saver.page"
         Page.create(self.page)
@@ -180,6 +213,7 @@ class SaverProcess:
         self._command += ["--dir", str(saving.folder), "--every", str(saving.every), "--keep", str(saving.keep)]
         self._command += ["--keep-best", str(saving.keep_best), "--world-size", str(world_size)]
         self._command += ["--start", str(saving.start)]
+        self._command += ["--bind", bind, "--name", name] if bind else []
         self._token = token
         self._log = directory / "saver.log"
         self._events = EventLog(events)

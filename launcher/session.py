@@ -9,7 +9,8 @@ sent, then which ranks are finished. Without a word from the coordinator its hos
 which is the same for all agents, so that they meet. Not here: what orders mean. Invariants:
 
 * hello and outbox are swapped under one lock, so a death is in one or the other, never in neither;
-* `silence_s` counts from the last word of a coordinator that is in charge.
+* `silence_s` counts from the last word of a coordinator that is in charge;
+* an agent that promised a term takes nothing from a coordinator of an older one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ import grpc
 from holdfast.proto.gen import control_pb2 as pb
 from holdfast.proto.gen import control_pb2_grpc
 
-from .hosts import BEAT_NS, SILENT_NS, Host, Roster
+from .hosts import BEAT_NS, FIRST, SILENT_NS, Host, Roster, Term
+from .messages import term_message, term_of
 
 TOKEN_HEADER: Final = "holdfast-token"
 RETRY_S: Final = 0.25
@@ -40,6 +42,8 @@ STANDBY_S: Final = 4.0
 """A coordinator that is not in charge answers in less, one way or the other."""
 SETTLES: Final = 0.75
 """How often the first coordinator that answers is asked again, not the next: all agents come to it."""
+SAID_ANEW: Final = frozenset({"hello", "beat", "promised", "learnt"})
+"""What is of one stream; the next begins with a hello that says it all."""
 _OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -86,6 +90,7 @@ class CoordinatorSession:
         self._finished: dict[int, Any] = {}
         self._address = ""
         self._roster = Roster()
+        self._promised = FIRST
         self._closed = False
         self._call: Any = None
         self._heard_s = self._called_s = time.monotonic()
@@ -228,6 +233,11 @@ class CoordinatorSession:
                 self._call, self._called_s, self._welcomed = call, time.monotonic(), False
             try:
                 for order in call:
+                    if order.WhichOneof("body") == "promise":  # not from one in charge: no news of the job
+                        self._promise(term_of(order.promise.term))
+                        continue
+                    if order.WhichOneof("body") == "welcome" and term_of(order.welcome.term) < self._promised:
+                        return False
                     self._heard_s = time.monotonic()
                     if order.WhichOneof("body") == "welcome":  # once; again if its sender steps down
                         welcomed = self._welcomed = True
@@ -249,6 +259,7 @@ class CoordinatorSession:
         with self._changed:
             moved = address != self._address
             self._address = address
+            self._promised = term_of(welcome.term)
             if not welcome.fenced:
                 self._me = replace(self._me, index=welcome.index)
         if welcome.fenced:
@@ -259,8 +270,16 @@ class CoordinatorSession:
     def _learn(self, text: str) -> None:
         roster = Roster.decoded(text)
         with self._changed:
-            if (roster.generation, roster.number) >= (self._roster.generation, self._roster.number):
+            if roster.term >= self._roster.term:  # of one coordinator the last word comes last
                 self._roster = roster
+                learnt = pb.Learnt(term=term_message(roster.term), number=roster.number)
+                self._outbox.put(pb.AgentMessage(learnt=learnt))
+
+    def _promise(self, term: Term) -> None:
+        """A coordinator may be put in charge: from now on only it, or a later one, is followed."""
+        with self._changed:
+            self._promised = max(self._promised, term)
+            self._outbox.put(pb.AgentMessage(promised=pb.Promised(term=term_message(self._promised))))
 
     def _reopen(self) -> SimpleQueue[Any]:
         """A new outbox that begins with who we are; what was never taken from the old one follows."""
@@ -268,7 +287,7 @@ class CoordinatorSession:
         with contextlib.suppress(Empty):
             while True:
                 unsent.append(self._outbox.get_nowait())
-        unsent = [m for m in unsent if m is not None and m.WhichOneof("body") not in ("hello", "beat")]
+        unsent = [m for m in unsent if m is not None and m.WhichOneof("body") not in SAID_ANEW]
         # A rank with news tells its story in order (its death, then its replacement); the others are listed.
         stories = [getattr(message, message.WhichOneof("body")) for message in unsent]
         news = {story.rank for story in stories if hasattr(story, "rank")}
@@ -295,4 +314,5 @@ class CoordinatorSession:
             capacity=me.capacity,
             domain=me.domain,
             roster=self._roster.encoded() if self._roster.hosts else "",
+            promised=term_message(self._promised),
         )

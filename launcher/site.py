@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from holdfast.proto import env
+from holdfast.proto.errors import ConfigError
 
 from . import registry
 from .bootstrap import Bootstrap
@@ -33,6 +34,7 @@ from .recovering import Recovering
 from .saving import SaverProcess, Saving
 from .services import Coordinator, SnapshotManager
 from .session import CoordinatorSession, Hooks
+from .sharing import mark, refusal
 from .standby import StandbyPool
 from .supervisor import Supervisor
 
@@ -60,6 +62,7 @@ class Options:
     limits: Limits
     budget: int
     faults: str
+    zero: str
     recovering: Recovering
     saving: Saving
 
@@ -95,6 +98,7 @@ class Host:
         self.site = site
         self.job = bootstrap.job if bootstrap is not None else options.job
         self.token = bootstrap.token if bootstrap is not None else options.token
+        self.saving = options.saving.as_told(bootstrap.resume) if bootstrap is not None else options.saving
         self.name = socket.gethostname()
         self.directory = Path(tempfile.mkdtemp(prefix="holdfast-"))
         self._address = bootstrap.coordinator if bootstrap is not None else ""
@@ -108,7 +112,12 @@ class Host:
         self._door: socket.socket | None = None
         self._closed = False
         try:
+            why = refusal(self.saving.folder, self.job, self.token, bootstrap)
+            if why and site.index < 0:
+                raise ConfigError(why)
             self._start()
+            if why:
+                self.supervisor.refuse(why)
         except BaseException:
             self.close()
             raise
@@ -121,7 +130,16 @@ class Host:
 
     def bootstrap(self) -> Bootstrap:
         """What the other hosts must know to take part."""
-        return Bootstrap(self.job, self.token, self._address, self.name, self.site.world_size)
+        saving = self.saving
+        return Bootstrap(
+            self.job,
+            self.token,
+            self._address,
+            self.name,
+            self.site.world_size,
+            resume=saving.told(),
+            checkpoints=saving.folder is not None,
+        )
 
     def _start(self) -> None:
         options, site = self.options, self.site
@@ -149,16 +167,8 @@ class Host:
                 name=smp, job=self.job, token=self.token, directory=self.directory, cleanup=[self.directory, *entry]
             )
             self._smp.begin()
-            if options.saving.folder is not None:
-                self._saver = SaverProcess(
-                    options.saving,
-                    smp=smp,
-                    job=self.job,
-                    token=self.token,
-                    world_size=site.world_size,
-                    directory=self.directory,
-                    events=events,
-                )
+            if self.saving.folder is not None:
+                self._saver = self._make_saver(self.saving.folder, smp, suffix, events)
             if site.several and options.redundancy != "none":
                 self._protection = Protection(
                     name=f"{self.job}-protect-{suffix}",
@@ -182,6 +192,22 @@ class Host:
         self._assemble(f"{self.job}-agent-{suffix}", own)
         registry.write(registry.entry(self.job, self._address, self.token, str(options.events or "")))
         self._run()
+
+    def _make_saver(self, folder: Path, smp: str, name: str, events: Path) -> SaverProcess:
+        site = self.site
+        if site.leads and site.several:
+            mark(folder, self.job, self.token)
+        return SaverProcess(
+            self.saving,
+            smp=smp,
+            job=self.job,
+            token=self.token,
+            world_size=site.world_size,
+            directory=self.directory,
+            events=events,
+            bind=f"{site.address}:0" if site.several else "",
+            name=name,
+        )
 
     def _open_door(self) -> str:
         """A socket that takes connections as long as this process lives."""
@@ -287,9 +313,11 @@ class Host:
         if self._smp is not None:
             found[env.SMP] = self._smp.name
         if self._saver is not None:
-            found |= {env.SAVER: str(self._saver.page), env.CHECKPOINTS: str(options.saving.folder)}
-        if options.saving.resume is not None:
-            found[env.RESUME] = f"{options.saving.start}:{options.saving.resume}"
+            found |= {env.SAVER: str(self._saver.page), env.CHECKPOINTS: str(self.saving.folder)}
+        if self.saving.resume is not None:
+            found[env.RESUME] = self.saving.told()
+        if options.zero:
+            found[env.ZERO] = options.zero
         return found
 
     def close(self, *, stopped: bool = False) -> None:

@@ -42,6 +42,7 @@ REFILL_S: Final = 2.0  # standbys are refilled when the rank has committed again
 HOUSEKEEPING_S: Final = 1.0
 UNKILLABLE_S: Final = 30.0
 GONE_S: Final = 120.0  # a host without ranks waits so long for a coordinator that does not answer
+HEARD_S: Final = 0.5  # what this host has just said reaches the coordinator meanwhile
 QUIET_WAIT_NS: Final = 30_000_000_000
 
 
@@ -367,7 +368,8 @@ class Supervisor:
     def refuse(self, reason: str) -> None:
         """The job cannot be run like this on this host (any thread)."""
         self._session.failed(reason)
-        self._loop.post(lambda: self._end_job(ConfigError(reason)))
+        # The coordinator hears of it first: else the others would take this host for lost, and go on without it.
+        self._loop.post(lambda: self._loop.later(HEARD_S, lambda: self._end_job(ConfigError(reason))))
 
     def _fence(self, reason: str) -> None:
         with self._lock:

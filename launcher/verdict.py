@@ -22,10 +22,10 @@ def mismatch(joins: Mapping[int, Joined]) -> str:
     return ""
 
 
-def choose(joins: Mapping[int, Joined], reachable: Reachable) -> Resume | Impossible:
-    """The step to resume from and everybody's source, as the ranks were started to recover."""
+def choose(joins: Mapping[int, Joined], reachable: Reachable, *, solo: bool) -> Resume | Impossible:
+    """The step to resume from and everybody's source, as the ranks were started to recover. `solo`: without a group."""
     mode = next(iter(joins.values())).recovery
-    return decide(mode, [joins[rank].report for rank in sorted(joins)], reachable)
+    return decide(mode, [joins[rank].report for rank in sorted(joins)], reachable, solo=solo)
 
 
 def why_not(decision: Resume, joins: Mapping[int, Joined], finished: Collection[int], reached: int) -> str:

@@ -16,6 +16,7 @@ SAVER: Final = "HOLDFAST_SAVER"  # file of the page that ranks share with the sa
 CHECKPOINTS: Final = "HOLDFAST_CHECKPOINTS"  # folder of the job's checkpoints
 RESUME: Final = "HOLDFAST_RESUME"  # checkpoint that the job started from
 PROTECTOR: Final = "HOLDFAST_PROTECTOR"  # abstract unix socket of the host's protector; unset: none
+ZERO: Final = "HOLDFAST_ZERO"  # 0 or 1: optimizer state sharded over replicas; unset: as the script says
 RECOVERY: Final = "HOLDFAST_RECOVERY"  # how lost state is made up for, see runtime/recovery/ladder.py; unset: exact
 SNAPSHOT_EVERY: Final = "HOLDFAST_SNAPSHOT_EVERY"  # steps between snapshots; unset: as the script says
 SNAPSHOTS: Final = "HOLDFAST_SNAPSHOTS"  # "off": no snapshots in memory

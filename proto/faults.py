@@ -5,8 +5,9 @@
 
 Points (`at=`): forward:M and backward:M (before microbatch M), exchange (gradient exchange), commit
 (before the barrier), optimizer (gradients final everywhere, update about to run), applied (updated, snapshot
-not begun), snapshot (first half of the state copied), user (between steps); in a recovery: join, build, restore (there
-`step` is the step of the rank's live state, so that a survivor can be hit: 0 for a replacement).
+not begun), gather (ZeRO-1: the updated weights of a layer are here, of another one not), snapshot (first half of
+the state copied), user (between steps); in a recovery: join, build, restore (there `step` is the step of the rank's
+live state, so that a survivor can be hit: 0 for a replacement).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ POINTS: Final = (
     "commit",
     "optimizer",
     "applied",
+    "gather",
     "snapshot",
     "user",
     "join",

@@ -27,9 +27,18 @@ DTYPES: dict[torch.dtype, str] = {
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def arena_entry(name: str, state: str, tensor: torch.Tensor) -> ArenaEntry:
-    """The whole of `tensor` as an entry of an arena."""
-    return ArenaEntry(name, state, DTYPES[tensor.dtype], tuple(tensor.shape), 0, tensor.numel())
+def arena_entry(entry: Entry) -> ArenaEntry:
+    """A tensor of the state, or the range of one that is here, as an entry of an arena."""
+    tensor = entry.tensor
+    shape = tuple(tensor.shape) if entry.whole is None else entry.whole
+    start = entry.start if entry.whole is not None else 0
+    return ArenaEntry(entry.name, entry.state, DTYPES[tensor.dtype], shape, start, start + tensor.numel())
+
+
+def shape_here(entry: ArenaEntry) -> tuple[int, ...]:
+    """Shape of what an entry holds: of the whole tensor, or of a flat range of it."""
+    held = entry.stop - entry.start
+    return entry.shape if held == entry.elements else (held,)
 
 
 def tensor_of(view: memoryview, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -46,19 +55,19 @@ def as_cpu(tensor: Any) -> torch.Tensor:
 
 
 def whole_sizes(
-    entries: Iterable[Entry], future: Iterable[tuple[str, str, torch.Tensor]], metadata: Any, *, replicated: bool
+    entries: Iterable[Entry], future: Iterable[Entry], metadata: Any, *, replicated: bool
 ) -> tuple[int, int]:
     """Bytes of the image and of the arena of `entries`, and of what the optimizer will add to them.
 
     The image of replicated state ends before the extra tensors. It may hold nothing: small models have fewer parameters
     than holders. It is protected all the same, so it counts a page.
     """
-    shapes = [arena_entry(entry.name, entry.state, entry.tensor) for entry in entries]
+    shapes = [arena_entry(entry) for entry in entries]
     known = {(entry.name, entry.state) for entry in shapes}
     owned = {entry.name for entry in shapes}
-    for name, state, tensor in future:
-        if name in owned and (name, state) not in known:
-            shapes.append(arena_entry(name, state, tensor))
+    for entry in future:
+        if entry.name in owned and (entry.name, entry.state) not in known:
+            shapes.append(arena_entry(entry))
     inside = [shape for shape in shapes if not replicated or shape.state != "extra"]
     image = aligned(layout(inside)[1], HEADER_BYTES) - HEADER_BYTES
     return max(image, HEADER_BYTES), arena_bytes(shapes, metadata)

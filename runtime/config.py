@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -48,6 +48,7 @@ class TrainerConfig:
     exact: bool = True
     state: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
+    zero: int | None = None
     neighbours: NeighbourOptions = field(default_factory=NeighbourOptions)
 
     def __post_init__(self) -> None:
@@ -62,6 +63,8 @@ class TrainerConfig:
             raise ConfigError(
                 f"batch_size {self.batch_size} is not divisible by microbatch_size {self.microbatch_size}"
             )
+        if self.zero not in (None, 0, 1) or isinstance(self.zero, bool):
+            raise ConfigError(f"zero is 0 or 1 (optimizer state sharded over replicas), got {self.zero!r}")
         if self.schedule not in ("1f1b", "gpipe"):
             raise ConfigError(f"schedule is '1f1b' or 'gpipe', got {self.schedule!r}")
         if self.shadows and not self.swap:
@@ -83,6 +86,22 @@ class TrainerConfig:
             raise ConfigError("loss is a function of (output of the last layer, target)")
         if not callable(self.optimizer):
             raise ConfigError("optimizer is a function of a list of parameters, such as lambda p: AdamW(p, lr=3e-4)")
+
+    def with_zero(self, option: str, recovery: str) -> TrainerConfig:
+        """With `--zero` of the command, which the environment told (empty: not given). Raises ConfigError.
+
+        `recovery`: the mode; moments that only a lost rank had are in no other's memory, so all but exact are refused.
+        """
+        if option not in ("", "0", "1"):
+            raise ConfigError(f"--zero is 0 or 1, got {option!r}")
+        if option and self.zero not in (None, int(option)):
+            raise ConfigError(
+                f"the script says zero={self.zero} and the command --zero {option}: leave out one of them"
+            )
+        zero = int(option) if option else self.zero or 0
+        if zero and recovery != "exact":
+            raise ConfigError(f"--recovery {recovery} does not go with ZeRO-1: leave out one of them")
+        return replace(self, zero=zero)
 
     @property
     def step_microbatches(self) -> int:

@@ -70,7 +70,7 @@ class Engine:
 
     def __init__(self, config: TrainerConfig, session: Session) -> None:
         identity = session.identity
-        self.config = config
+        self.config = config = config.with_zero(identity.zero, identity.recovery)
         self.rank = identity.rank
         self.step = 0
         self.born = 0  # generation that committed the state in memory
@@ -91,6 +91,8 @@ class Engine:
         equalise_ties(self.ties, layers, modules, config.seed, device)
         self.scaler = LossScaler(config.loss_scale)
         self.state = ModelState(modules, config.optimizer, config.scheduler, config.state)
+        if config.zero:
+            self.state.shard(self.plan, self.rank, proven=identity.incarnation > 0)
         boosts = Boosts(self.state.optimizer, self.state.by_unit, config.neighbours, lambda: self.step)
         self.forward = Forward(identity.recovery, boosts, clipped=config.neighbours.clip == "after")
         self.numerics = Numerics(config.seed, config.exact, config.autocast, config.checkpoint_activations)
@@ -138,31 +140,20 @@ class Engine:
     def signature(self) -> str:
         """What ranks must agree on besides numerics: the plan and the parts of the configuration that count."""
         config, identity = self.config, self._session.identity
+        parts = [self.plan.digest()[:16], config.seed, config.microbatch_size, config.clip_norm, config.exact]
+        parts += [config.validate_every, config.snapshot_every, config.zero]
         # Only jobs that may recover inexactly depend on how.
-        lossy = (self.forward.mode, config.neighbours, identity.snapshot_every) if self.forward.on else ()
-        return ":".join(
-            map(
-                str,
-                (
-                    self.plan.digest()[:16],
-                    config.seed,
-                    config.microbatch_size,
-                    config.clip_norm,
-                    config.exact,
-                    config.validate_every,
-                    config.snapshot_every,
-                    *lossy,
-                ),
-            )
-        )
+        parts += [self.forward.mode, config.neighbours, identity.snapshot_every] if self.forward.on else []
+        return ":".join(map(str, parts))
 
     def peers(self) -> tuple[int, ...]:
         """Ranks whose state is the same as this one's (data-parallel replicas), itself included.
 
-        Buffers and the user's objects see only their own replica's microbatches: with them, a replica is no
-        source for another, and each rank's snapshot holds all of its state.
+        Buffers and the user's objects see only their own replica's microbatches, and with ZeRO-1 each has other
+        moments: then a replica is no source for another, and each rank's snapshot holds all of its state.
         """
-        if bool(self.config.state) or any(entry.early for entry in self.state.entries()):
+        own = bool(self.config.state) or self.state.shards is not None
+        if own or any(entry.early for entry in self.state.entries()):
             return (self.rank,)
         mine = self.plan.hosted(self.rank)
         return tuple(rank for rank in range(self.plan.world_size) if self.plan.hosted(rank) == mine)
@@ -197,7 +188,7 @@ class Engine:
     # ---- a step -------------------------------------------------------------------------------------
 
     def train_step(self) -> None:
-        """Compute and commit the next step. Raises Fenced or PeerLost; the state is then what it was."""
+        """Compute and commit the next step. Raises Fenced or PeerLost; the state is then what it was, or forgotten."""
         group, lease, step = self._need_group(), self._lease, self.step + 1
         started = time.monotonic()
         self._session.check()
@@ -213,7 +204,7 @@ class Engine:
             self.injector.at("commit", step)
             gathered = self._gather(group, outcome, gradients)
         except (Fenced, PeerLost):
-            if self.forward.on:
+            if self.forward.on and gradients is not None:
                 self.forward.cut_off(step, gradients, Undo(self.state, self.source, self.device.device))
             before.take_back()
             raise
@@ -260,13 +251,11 @@ class Engine:
             self.forward.measured({key: norm for (_, key, _), norm in zip(present, norms.tolist(), strict=True)})
         self._lease.renew(Phase.WAITING)
         rows = group.allgather(vector)
-        return Gathered.of(rows, self._names, microbatches, self._tied_names(), self.snapshots.placement, self.kept)
-
-    def _tied_names(self) -> frozenset[str]:
-        return frozenset(f"{tie.second_unit}.{tie.second}" for tie in self.ties)
+        tied = frozenset(f"{tie.second_unit}.{tie.second}" for tie in self.ties)
+        return Gathered.of(rows, self._names, microbatches, tied, self.snapshots.placement, self.kept)
 
     def _commit(self, step: int, gathered: Gathered, gradients: Gradients, seconds: float) -> None:
-        """Apply the update: from here on nothing can fail but this process."""
+        """Apply the update: from here on nothing can fail but this process (with ZeRO-1: until its end)."""
         first = self._first_after_resume or gathered.kept.protected_under() != self.kept.protected_under()
         self._apply(step, gathered, gradients)
         self._lease.committed(step, gathered.loss, seconds, gathered.tokens)
@@ -277,8 +266,8 @@ class Engine:
 
     def _apply(self, step: int, gathered: Gathered, gradients: Gradients) -> None:
         """Become the state after `step`."""
-        config = self.config
-        self._lease.renew(Phase.OPTIMIZER)
+        config, lease = self.config, self._lease
+        lease.renew(Phase.OPTIMIZER)
         scale = mean = 1.0 / (gathered.count * self.scaler.scale)
         norm = gathered.norm * scale
         finite = math.isfinite(norm)
@@ -289,8 +278,14 @@ class Engine:
                 scale *= config.clip_norm / (norm + 1e-6)
             torch._foreach_mul_([g for g in gradients.values() if g is not None], scale)
             self.injector.at("optimizer", step)
+            if (shards := self.state.shards) is not None:
+                self.forget()  # weights of two steps, until the other holders' parts are here
             self.state.apply_gradients(gradients)
             self.injector.at("applied", step)
+            if shards is not None:
+                lease.renew(Phase.WAITING)
+                shards.gather(self._need_group(), lambda: self.injector.at("gather", step))
+                lease.renew(Phase.OPTIMIZER)
         self.scaler.update(finite)
         self.step, self.born = step, self._session.generation
         self.kept = gathered.kept
@@ -346,7 +341,7 @@ class Engine:
         return {unit: kind_of(module) for unit, module in self.state.modules.items()}
 
     def forget(self) -> None:
-        """The state in this process' memory is not to be trained from: a restore of it broke off."""
+        """The state in this process' memory is not to be trained from: it is about to be, or may be, of two steps."""
         self.step = NO_STEP
 
     def gate(self) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class Kept:
         known = [row[5] for row in rows if len(row) > 5]
         known += [before.protected] if before is not None and before.placement == placement else []
         protected = _protected(rows, placement, max(known, default=int(NO_STEP)))
-        # Ranks may have looked at the saver's page a moment apart: whoever looked last is right.
-        due = max((row[4] for row in rows if len(row) > 4), default=int(NO_STEP))
+        # Ranks look at their host's page a moment apart, and hosts have pages of their own: rank 0's counts for all.
+        due = rows[0][4] if rows and len(rows[0]) > 4 else int(NO_STEP)
         return Kept(sealed, protected, placement, due)
 
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from holdfast.ckpt.saver.page import Page
 from holdfast.proto.errors import ConfigError
 from holdfast.proto.ids import NO_STEP
 
-from .keep import patient
+from .keep import patient, reserved
+
+if TYPE_CHECKING:
+    from .gather import Kept
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,11 @@ class Hold:
             self._since = (due, now_ns)
         beat_age_ns, held_ns = now_ns - self._page.beat_ns, now_ns - self._since[1]
         return due if patient(beat_age_ns=beat_age_ns, held_ns=held_ns) else int(NO_STEP)
+
+    def kept(self, rank: int, steps: Sequence[int], kept: Kept) -> None:
+        """Rank 0 says which step all ranks leave untouched, NO_STEP for none: savers of several hosts go by it."""
+        if self._page is not None and rank == 0:
+            self._page.reserved = reserved(steps, kept)
 
     def validated(self, step: int, loss: float) -> None:
         """The validation loss of `step`, for whoever picks the best checkpoint."""

@@ -33,6 +33,7 @@ class Identity:
     saver: str = ""
     checkpoints: str = ""
     resume: str = ""
+    zero: str = ""
     recovery: Mode = "exact"
     snapshot_every: int = 0
     """Steps between snapshots; 0: as the script says."""

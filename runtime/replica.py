@@ -45,11 +45,6 @@ def marked(metadata: Any, *, replicated: bool) -> Any:
     return {"replicated": True, "blob": metadata} if replicated else metadata
 
 
-def unmarked(metadata: Any) -> Any:
-    """The blob in it."""
-    return metadata["blob"] if isinstance(metadata, dict) and metadata.get("replicated") is True else metadata
-
-
 def clear_gaps(half: Half, placed: Sequence[ArenaEntry]) -> None:
     """Zeros behind each entry, up to the next: what another layout left there (a step without moments, before) is no
     part of the state, but would be of the image."""
@@ -65,7 +60,7 @@ class TensorImage:
 
     def __init__(self, entries: Sequence[Entry], device: Device, mark: Any) -> None:
         """`mark`: of the device, after the step that the image is of."""
-        offsets, end = layout([arena_entry(entry.name, entry.state, entry.tensor) for entry in entries])
+        offsets, end = layout([arena_entry(entry) for entry in entries])
         there = [(offset, e.tensor) for offset, e in zip(offsets, entries, strict=True) if e.tensor.numel()]
         self._starts = [offset - HEADER_BYTES for offset, _ in there]
         self._tensors = [tensor.detach() for _, tensor in there]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,14 @@ from holdfast.proto.errors import ConfigError, PeerLost, SnapshotCorrupt, Snapsh
 from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
-from .arenas import DTYPES, arena_entry, as_cpu, tensor_of, whole_sizes
+from .arenas import DTYPES, arena_entry, as_cpu, shape_here, tensor_of, whole_sizes
 from .copyjob import CopyJob, discard
 from .gather import Kept
 from .hold import Hold
 from .joining import Formed
 from .keep import choose
 from .redundancy import Redundancy, held_parity
-from .replica import clear_gaps, images_of, marked, shares, unmarked
+from .replica import clear_gaps, images_of, marked, shares
 from .state import Entry
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Snapshots:
         Only every `every`-th step is kept, and what `must` be: the resume step, the last step. With parity that
         lags behind both halves may be needed: then this snapshot is left out.
         """
+        self.saver.kept(self._slot, self.steps(), kept)
         if not self.enabled or (step % self.every and not must):
             return
         half = choose(self.steps(), step, kept, must=must)
@@ -118,8 +120,7 @@ class Snapshots:
         entries, meta, split = self._captured()
         self._steps[half] = NO_STEP
         self._idle.clear()
-        early = {i: e.tensor.clone() for i, e in enumerate(entries) if e.early}
-        entries = [Entry(e.name, e.state, early.get(i, e.tensor)) for i, e in enumerate(entries)]
+        entries = [replace(e, tensor=e.tensor.clone()) if e.early else e for e in entries]
         # A step that is redone need not have the same bytes unless steps are exact: replicas are not compared then.
         replicas = split if len(split) > 1 and self._engine.config.exact else {}
         self._jobs.put(CopyJob(step, half, entries, meta, self._engine.device.mark(), kept.protected, replicas))
@@ -165,7 +166,7 @@ class Snapshots:
         """Fill a half: FILLING, bytes, COPIED. Returns the parity to compute next."""
         heard = self._redundancy.keep(job.protected)
         work = self._redundancy.announce(self._slot, job.step) if heard and job.replicas else None
-        arena_entries = [arena_entry(entry.name, entry.state, entry.tensor) for entry in job.entries]
+        arena_entries = [arena_entry(entry) for entry in job.entries]
         mapped = self._arena(job.half, arena_entries, job.metadata)
         half = mapped.half
         digest = bytes.fromhex(self._engine.plan.digest())
@@ -173,7 +174,7 @@ class Snapshots:
         if job.replicas:
             clear_gaps(half, placed)
         targets = [
-            tensor_of(half.view(entry), entry.dtype, entry.shape)
+            tensor_of(half.view(entry), entry.dtype, tuple(e.tensor.shape))
             for entry, e in zip(placed, job.entries, strict=True)
             if e.tensor.numel()
         ]
@@ -384,12 +385,12 @@ class Snapshots:
             self._opened.append((mapped, table))
             extra = []
             for entry in table.entries:
-                tensor = tensor_of(half.view(entry), entry.dtype, entry.shape)
+                tensor = tensor_of(half.view(entry), entry.dtype, shape_here(entry))
                 size += entry.nbytes
                 if entry.state == "extra":
                     extra.append(tensor)
                 else:
                     tensors[(entry.name, entry.state)] = tensor
             if peer == self._slot:
-                meta = blob.decode(unmarked(table.metadata), [tensor.clone() for tensor in extra])
+                meta = blob.decode(blob.unmarked(table.metadata), [tensor.clone() for tensor in extra])
         return meta, size

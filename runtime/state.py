@@ -21,9 +21,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from holdfast.proto.errors import ConfigError
+from holdfast.proto.plan import Plan
 
 from . import rng
 from .pipeline.exchange import Tie
+from .zero import Shards, make_shards
 
 LayerSpec = nn.Module | Callable[[], nn.Module]
 
@@ -36,6 +38,9 @@ class Entry:
     state: str
     tensor: torch.Tensor
     early: bool = False
+    whole: tuple[int, ...] | None = None
+    """Shape of the logical tensor, if `tensor` is a flat range of it (ZeRO-1), from element `start` on."""
+    start: int = 0
 
 
 def build_unit(layer: LayerSpec, unit: int, seed: int, device: torch.device) -> nn.Module:
@@ -138,7 +143,9 @@ class ModelState:
         self.by_unit: dict[int, list[nn.Parameter]] = {
             unit: [p for (u, _), p in self.parameters.items() if u == unit] for unit in self.modules
         }
-        self._names = {id(p): f"{unit}.{name}" for (unit, name), p in self.parameters.items()}
+        self.shards: Shards | None = None
+        self.trained = self.parameters  # what the optimizer updates: of parameters that are cut, the own parts
+        self._names = self._named()
         self.optimizer = _make_optimizer(optimizer, list(self.parameters.values()))
         self.scheduler = scheduler(self.optimizer) if scheduler is not None and self.optimizer is not None else None
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -150,6 +157,20 @@ class ModelState:
                     f"state[{name!r}] has no state_dict and load_state_dict", got=type(value).__qualname__
                 )
 
+    def shard(self, plan: Plan, rank: int, *, proven: bool) -> None:
+        """Have the optimizer update only this rank's parts of what has several holders (ZeRO-1).
+
+        `proven`: the process before this one did the same. Raises ConfigError for an optimizer that would then compute
+        other numbers.
+        """
+        self.shards = make_shards(plan, rank, self.parameters)
+        if self.shards is not None and self.optimizer is not None:
+            self.trained = self.shards.take_over(self.optimizer, self.parameters, proven=proven)
+            self._names = self._named()
+
+    def _named(self) -> dict[int, str]:
+        return {id(p): f"{unit}.{name}" for (unit, name), p in self.trained.items()}
+
     # ---- capture ------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
@@ -159,17 +180,29 @@ class ModelState:
             for name, parameter in module.named_parameters():
                 found.append(Entry(f"{unit}.{name}", "weight", parameter.detach()))
                 if parameter.requires_grad and self.optimizer is not None:
-                    kept = self.optimizer.state.get(parameter, {})
+                    kept = self.optimizer.state.get(self.trained[unit, name], {})
                     found += [
-                        Entry(f"{unit}.{name}", str(key), value)
+                        self._entry((unit, name), str(key), value)
                         for key, value in kept.items()
                         if isinstance(value, torch.Tensor)
                     ]
             found += [Entry(f"{unit}.{name}", "buffer", buffer, early=True) for name, buffer in _persistent(module)]
         return found
 
-    def future_entries(self) -> list[tuple[str, str, torch.Tensor]]:
-        """Tensors that the optimizer will make at its first step, as (name, state, example); none if it cannot be told.
+    def _entry(self, key: tuple[int, str], state: str, tensor: torch.Tensor) -> Entry:
+        """What the optimizer keeps of a parameter, or of this rank's part of it."""
+        name = f"{key[0]}.{key[1]}"
+        region = self.region(name, state)
+        if region is None:
+            return Entry(name, state, tensor)
+        return Entry(name, state, tensor, whole=tuple(self.parameters[key].shape), start=region[0])
+
+    def region(self, name: str, state: str) -> tuple[int, int] | None:
+        """The elements of an optimizer's state that this rank keeps; None: all."""
+        return self.shards.region(name, state) if self.shards is not None else None
+
+    def future_entries(self) -> list[Entry]:
+        """What the optimizer will keep after its first step, with examples; none if it cannot be told.
 
         A step is tried on a copy of one parameter of each shape, with zero gradients.
         """
@@ -177,11 +210,11 @@ class ModelState:
             return []
         made: dict[tuple[torch.Size, torch.dtype], dict[str, torch.Tensor]] = {}
         found = []
-        for key, parameter in self.parameters.items():
+        for key, parameter in self.trained.items():
             kind = (parameter.shape, parameter.dtype)
             if kind not in made:
                 made[kind] = _tried(type(self.optimizer), self.optimizer.defaults, parameter)
-            found += [(f"{key[0]}.{key[1]}", state, tensor) for state, tensor in made[kind].items()]
+            found += [self._entry(key, state, tensor) for state, tensor in made[kind].items()]
         return found
 
     def metadata(self) -> dict[str, Any]:
@@ -231,11 +264,12 @@ class ModelState:
             if state not in ("weight", "buffer"):
                 by_name.setdefault(name, {})[state] = tensor
         scalars = metadata.get("scalars", {})
-        for (unit, path), parameter in self.parameters.items():
+        for (unit, path), parameter in self.trained.items():
             name = f"{unit}.{path}"
             old = self.optimizer.state.get(parameter, {})
             kept: dict[str, Any] = dict(scalars.get(name, {}))
             for key, tensor in by_name.get(name, {}).items():
+                tensor = tensor if self.region(name, key) is None else tensor.reshape(-1)
                 current = old.get(key)
                 if isinstance(current, torch.Tensor) and current.shape == tensor.shape:
                     kept[key] = current.copy_(tensor)
@@ -262,9 +296,10 @@ class ModelState:
         if self.optimizer is None:
             return
         for key, gradient in gradients.items():
-            self.parameters[key].grad = gradient
+            part = self.shards.part(key, gradient) if self.shards is not None else gradient
+            self.trained[key].grad = part
         self.optimizer.step()
-        for parameter in self.parameters.values():
+        for parameter in self.trained.values():
             parameter.grad = None
         if self.scheduler is not None:
             self.scheduler.step()

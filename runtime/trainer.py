@@ -21,11 +21,13 @@ from typing import Any, NoReturn
 import torch
 
 from holdfast.proto.errors import ConfigError, Fenced, PeerLost
+from holdfast.proto.ids import NO_STEP
 from holdfast.proto.lease import Phase
 
 from .config import TrainerConfig
 from .engine import Engine
 from .recovery.rejoin import Session
+from .state import Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class Trainer:
       seed; shuffle; exact: False trades the gradient tree for a plain running sum; state: name -> object with
         state_dict/load_state_dict, captured at each commit and restored with everything else (change them inside
         layers, loss or data, not between steps); device: "cpu" or "cuda".
+      zero: 1 shards the optimizer's state over the replicas of each layer (ZeRO-1), with the same bits; for
+        optimizers that treat each element alone, which is tried at the start (default: --zero, else 0).
 
     Raises ConfigError for what cannot be done (under `holdfast run`: one line, exit code 2).
     """
@@ -149,11 +153,11 @@ class Trainer:
         self._session.lease.renew(Phase.USER)
 
     def final_state(self) -> dict[str, torch.Tensor]:
-        """This rank's weights, buffers and optimizer state: "unit.name" and "unit.name@state" -> copy."""
-        return {
-            entry.name if entry.state in ("weight", "buffer") else f"{entry.name}@{entry.state}": entry.tensor.clone()
-            for entry in self._engine.state.entries()
-        }
+        """This rank's weights, buffers and optimizer state: "unit.name" and "unit.name@state" -> copy.
+
+        With ZeRO-1 "unit.name@state[start:stop]": the elements that this rank keeps, in row-major order.
+        """
+        return {_label(entry): entry.tensor.clone() for entry in self._engine.state.entries()}
 
     # ---- inside -------------------------------------------------------------------------------------
 
@@ -210,14 +214,14 @@ class Trainer:
                 return
             except (Fenced, PeerLost) as error:
                 started = time.monotonic()
-                before = self._engine.step
+                before = "between two steps" if self._engine.step == NO_STEP else f"at {self._engine.step}"
                 # Its traceback holds the broken step's tensors, just when a copy of the state may be needed.
                 self._session.rejoin(self._engine, self._until, error.with_traceback(None))
                 if recovered is not None:
                     inexact = f"; NOT exact: {self._session.announced}" if self._session.announced else ""
                     recovered.append(
                         f"generation {self._session.generation}: {self._session.reason}; resumed from step "
-                        f"{self._engine.step} (was at {before}) after {(time.monotonic() - started) * 1e3:.0f} ms"
+                        f"{self._engine.step} (was {before}) after {(time.monotonic() - started) * 1e3:.0f} ms"
                         f"{inexact}"
                     )
 
@@ -234,6 +238,11 @@ class Trainer:
         self._session.config_error(str(error))
         sys.stdout.flush()
         raise SystemExit(2)
+
+
+def _label(entry: Entry) -> str:
+    part = "" if entry.whole is None else f"[{entry.start}:{entry.start + entry.tensor.numel()}]"
+    return entry.name if entry.state in ("weight", "buffer") else f"{entry.name}@{entry.state}{part}"
 
 
 def _argument_error(error: TypeError) -> str:

@@ -8,6 +8,7 @@ Memory is a few blocks per job. Invariant: whatever happens, the target's name i
 from __future__ import annotations
 
 import argparse
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..universal.errors import UsageError
+from ..universal.files import block
 from ..universal.manifest import TOPIC
-from ..universal.model import Checkpoint, Region, Role, TensorState
+from ..universal.model import ITEM_BYTES, Checkpoint, Region, Role, TensorState
 from ..universal.plan import TARGETS, Estimate, Wanted, check, estimate, jobs_within
-from ..universal.read import Reader
+from ..universal.read import BLOCK_BYTES, Reader
 from ..universal.view import View, blocks, is_optimizer
 from ..universal.write import Details, StatePlan, WriteOptions, Writer
 from .console import Console, duration, human
@@ -113,7 +115,8 @@ def write_ours(
     reader: Reader, job: Job, arguments: argparse.Namespace, jobs: int, done: Done | None = None
 ) -> Checkpoint:
     """Stream every tensor into a checkpoint of our format."""
-    options = WriteOptions(archive=arguments.archive, tile=arguments.tile, resume=arguments.resume, jobs=jobs)
+    how = {name: getattr(arguments, name) for name in ("archive", "tile", "resume")}
+    options = WriteOptions(direct=True, jobs=jobs, **how)
     source = reader.checkpoint
     with Writer(job.target, options) as writer:
         writer.begin(plans(source))
@@ -149,7 +152,8 @@ def details_of(checkpoint: Checkpoint, parents: tuple[str, ...] = ()) -> Details
 def _copy_all(reader: Reader, writer: Writer, tensors: Iterable[TensorState], jobs: int) -> None:
     """Several tensors at a time: one is read while another is digested and written."""
     with ThreadPoolExecutor(jobs, thread_name_prefix="checkpoint-convert") as pool:
-        futures = [pool.submit(_copy, reader, writer, tensor) for tensor in tensors]
+        local = threading.local()
+        futures = [pool.submit(_copy, reader, writer, tensor, local) for tensor in tensors]
         try:
             for future in futures:
                 future.result()
@@ -158,10 +162,15 @@ def _copy_all(reader: Reader, writer: Writer, tensors: Iterable[TensorState], jo
                 future.cancel()
 
 
-def _copy(reader: Reader, writer: Writer, tensor: TensorState) -> None:
+def _copy(reader: Reader, writer: Writer, tensor: TensorState, local: threading.local) -> None:
+    """`local`: this thread's block, used again: fresh pages for each would cost more than the copy."""
+    if not hasattr(local, "block"):
+        local.block = block(BLOCK_BYTES)
+    item = ITEM_BYTES[tensor.dtype]
     for first, last in writer.missing(*tensor.key):
         for low, high in blocks(tensor, first, last):
-            data = reader.read(*tensor.key, (low, high))
+            data = local.block[: (high - low) * item]
+            reader.read(*tensor.key, (low, high), data)
             writer.put(*tensor.key, data, (low, high))
 
 

@@ -64,11 +64,16 @@ def folder_of(path: Path) -> Path:
     latest = path / "latest"
     if not latest.is_file():
         return path
-    with explained(latest, "reading which tag is the latest"), open(latest, encoding="utf-8") as file:
-        tag = file.read(4096).strip()
+    tag = tag_in(latest)
     if not safe_path(tag):
         raise UsageError("`latest` names no folder beside it", file=str(latest), tag=tag[:100])
     return path / tag
+
+
+def tag_in(latest: Path) -> str:
+    """What a `latest` says, whatever bytes it has."""
+    with explained(latest, "reading which tag is the latest"), open(latest, encoding="utf-8", errors="replace") as file:
+        return file.read(4096).strip()
 
 
 def classify(names: Iterable[str]) -> Files:

@@ -16,12 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ..universal.disk import explained
 from ..universal.errors import CorruptError, IncompleteError, MappingError, UsageError
 from ..universal.model import Checkpoint, Slab, Span, safe_path
 from .building import Builder
 from .deepspeed import NAMES, STATE, Found, Opened, finished
-from .deepspeed_files import classify, listed
+from .deepspeed_files import classify, listed, tag_in
 from .deepspeed_modules import add_frozen_slices, add_layers, add_module, shapes_of
 from .torchzip import Stored, number, plain, read_torch
 
@@ -35,8 +34,7 @@ def folder_of(path: Path) -> Path:
     latest = path / LATEST
     if not latest.is_file():
         return path
-    with explained(latest, "reading which tag is the latest"):
-        tag = latest.read_text(encoding="utf-8")[:4096].strip()
+    tag = tag_in(latest)
     if not safe_path(tag):
         raise UsageError("`latest_universal` names no folder beside it", file=str(latest), tag=tag[:100])
     return path / tag

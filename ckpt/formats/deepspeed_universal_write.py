@@ -26,6 +26,7 @@ from .deepspeed_write import (
     clip_of,
     group_states,
     head_of,
+    steps_done,
     weights_dtype,
     write_models3,
     write_models12,
@@ -46,8 +47,7 @@ def write(reader: Reader, target: Path, *, tag: str = "", dtype: str = "", disk:
         raise UsageError("DeepSpeed's universal loader knows no experts: write native files (deepspeed:zero2)")
     if any(not safe_path(name) or "/" in name for name in names):
         raise UsageError("a parameter whose name cannot be a folder's")
-    step = (checkpoint.metadata.get("trainer") or {}).get("global_steps")
-    tag = tag or f"global_step{step if isinstance(step, int) else 0}_universal"
+    tag = tag or f"global_step{steps_done(checkpoint)}_universal"
     if not safe_path(tag) or "/" in tag:
         raise UsageError("not a name for a tag", tag=tag)
     layout = Layout.of(checkpoint, dp=1, ep=1, sub_group=SUB_GROUP)

@@ -90,8 +90,7 @@ def write(
     if stage == 3 and any(LOCAL.fullmatch(name) for group in checkpoint.groups for name in group.params):
         raise UsageError("DeepSpeed does not load experts under ZeRO-3: choose zero1 or zero2")
     layout = Layout.of(checkpoint, dp=dp or int(mesh.get("dp") or 1), ep=ep, sub_group=sub_group)
-    step = (checkpoint.metadata.get("trainer") or {}).get("global_steps")
-    tag = tag or f"global_step{step if isinstance(step, int) else 0}"
+    tag = tag or f"global_step{steps_done(checkpoint)}"
     if not safe_path(tag) or "/" in tag:
         raise UsageError("not a name for a tag", tag=tag)
     with Folder(target, disk=disk) as folder:
@@ -101,6 +100,13 @@ def write(
         else:
             write_zero12(job)
         folder.text("latest", tag)
+
+
+def steps_done(checkpoint: Checkpoint) -> int:
+    """How many steps it was trained for, in DeepSpeed's word or in ours."""
+    trainer = checkpoint.metadata.get("trainer") or {}
+    found = (trainer.get(key) for key in ("global_steps", "step"))
+    return next((step for step in found if type(step) is int), 0)
 
 
 def weights_dtype(checkpoint: Checkpoint, asked: str) -> str:
@@ -136,7 +142,7 @@ def common_of(job: Job) -> dict[str, Any]:
         "data_sampler": None,
         "random_ltd": None,
         "skipped_steps": trainer.get("skipped_steps") or 0,
-        "global_steps": trainer.get("global_steps") or 0,
+        "global_steps": steps_done(job.checkpoint),
         "global_samples": trainer.get("global_samples") or 0,
         "dp_world_size": job.layout.dp,
         "mp_world_size": job.layout.pp,

@@ -3,12 +3,14 @@
     "deepspeed:zero3,dp=6"  ──▶ Target("deepspeed", "zero3", {"dp": 6})  ──▶ deepspeed_write.write(...)
     kind : variant , option=value ...
 
-Detection looks at names and first bytes, never at data. Invariants: an unknown kind, variant or option is a
-UsageError that lists the known ones, before anything is opened for writing.
+Detection looks at names and first bytes, never at data. A format's module is imported when it is asked or written:
+importing all of them takes longer than to adopt a checkpoint of one. Invariants: an unknown kind, variant or option
+is a UsageError that lists the known ones, before anything is opened for writing.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +20,27 @@ from ..universal.errors import UsageError
 from ..universal.model import Checkpoint
 from ..universal.open import is_ours, open_checkpoint
 from ..universal.read import Reader
-from . import dcp, deepspeed, deepspeed_universal, safetensors, torch_file
-from .dcp_write import write as write_dcp
-from .deepspeed_universal_write import write as write_universal
-from .deepspeed_write import write as write_deepspeed
 
 Detect = Callable[[Path], bool]
 Open = Callable[[Path], Checkpoint]
 
+
+def _late(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a sibling module, which is imported at the first call."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(*args, **options)
+
+    return call
+
+
 FORMATS: Final[tuple[tuple[str, Detect, Open], ...]] = (
     ("holdfast", is_ours, open_checkpoint),
-    ("deepspeed universal", deepspeed_universal.detect, deepspeed_universal.open),
-    ("deepspeed", deepspeed.detect, deepspeed.open),
-    ("dcp", dcp.detect, dcp.open),
-    ("torch", torch_file.detect, torch_file.open),
-    ("safetensors", safetensors.detect, safetensors.open),
+    ("deepspeed universal", _late("deepspeed_universal", "detect"), _late("deepspeed_universal", "open")),
+    ("deepspeed", _late("deepspeed", "detect"), _late("deepspeed", "open")),
+    ("dcp", _late("dcp", "detect"), _late("dcp", "open")),
+    ("torch", _late("torch_file", "detect"), _late("torch_file", "open")),
+    ("safetensors", _late("safetensors", "detect"), _late("safetensors", "open")),
 )
 """In the order in which they are asked. Ours first: a folder of ours holds safetensors too."""
 
@@ -83,16 +91,22 @@ DCP_OPTIONS: Final[Mapping[str, type]] = {
 
 TARGETS: Final[Mapping[str, Kind]] = {
     "deepspeed": Kind(
-        write_deepspeed,
+        _late("deepspeed_write", "write"),
         ("zero1", "zero2", "zero3"),
         {"dp": int, "ep": int, "dtype": str, "tag": str, "sub_group": int},
         "native files for dp ranks",
     ),
-    "deepspeed-universal": Kind(write_universal, ("",), {"tag": str}, "folder for load_universal"),
-    "dcp": Kind(write_dcp, ("",), DCP_OPTIONS, "PyTorch distributed checkpoint: model and optimizer by name"),
-    "fsdp2": Kind(write_dcp, ("",), DCP_OPTIONS, "the same, as fully_shard's state dicts ask for it"),
-    "hf": Kind(safetensors.write, ("",), {"dtype": str, "file_bytes": int}, "Hugging Face folder, weights only"),
-    "torch": Kind(torch_file.write, ("",), {"masters": bool}, "one file of torch.save"),
+    "deepspeed-universal": Kind(
+        _late("deepspeed_universal_write", "write"), ("",), {"tag": str}, "folder for load_universal"
+    ),
+    "dcp": Kind(
+        _late("dcp_write", "write"), ("",), DCP_OPTIONS, "PyTorch distributed checkpoint: model and optimizer by name"
+    ),
+    "fsdp2": Kind(_late("dcp_write", "write"), ("",), DCP_OPTIONS, "the same, as fully_shard's state dicts ask for it"),
+    "hf": Kind(
+        _late("safetensors", "write"), ("",), {"dtype": str, "file_bytes": int}, "Hugging Face folder, weights only"
+    ),
+    "torch": Kind(_late("torch_file", "write"), ("",), {"masters": bool}, "one file of torch.save"),
 }
 
 

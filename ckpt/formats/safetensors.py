@@ -14,13 +14,16 @@ they are. Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ..universal.direct import DirectFile
 from ..universal.disk import Disk, explained
 from ..universal.errors import CorruptError, IncompleteError, UsageError
 from ..universal.jsonio import parse
@@ -209,11 +212,12 @@ def write_file(
             header = build_header(facts, {"format": "pt"})
             disk.allocate(fd, len(header) + sum(nbytes for *_, nbytes in facts))
             disk.pwrite(fd, memoryview(header), 0)
-            at = len(header)
-            for tensor in tensors:
-                for piece in stream(reader, tensor.name, tensor.state, dtype=dtypes[tensor.name]):
-                    disk.pwrite(fd, piece, at)
-                    at += piece.nbytes
+            with contextlib.closing(DirectFile(disk, path, fd, threading.local())) as file:
+                at = len(header)
+                for tensor in tensors:
+                    for piece in stream(reader, tensor.name, tensor.state, dtype=dtypes[tensor.name]):
+                        file.pwrite(piece, at)
+                        at += piece.nbytes
             disk.fsync(fd)
         finally:
             os.close(fd)

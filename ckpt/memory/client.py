@@ -119,6 +119,10 @@ class SmpClient:
         reply, _ = self._call("repaired", self._timeout_s, slot=slot, half=half, fill=fill)
         return bool(reply["sealed"])
 
+    def rebuilt(self, slot: int, half: int, step: int, digest: bytes) -> None:
+        """Protectors: `step` was rebuilt there, its bytes found to have this digest as they lie: it is SEALED."""
+        self._quick("rebuilt", slot=slot, half=half, step=step, digest=digest.hex())
+
     def open(self, slot: int, half: int) -> MappedHalf:
         """A private view of a half that is whole. The reader still has to read() and verify() it."""
         _, fd = self._call("open", self._timeout_s, want_fd=True, slot=slot, half=half)

@@ -30,9 +30,14 @@ _CHUNK_BYTES: Final = 16 << 20
 """A few milliseconds of work: how late an abandoned digest notices it."""
 
 
-def digest_of(data: memoryview | bytes) -> bytes:
-    """xxh3-128 of `data`."""
-    return xxhash.xxh3_128_digest(data)
+def digest_of(data: memoryview | bytes, *more: memoryview | bytes) -> bytes:
+    """xxh3-128 of `data`, and of what follows it."""
+    if not more:
+        return xxhash.xxh3_128_digest(data)
+    state = xxhash.xxh3_128(data)
+    for part in more:
+        state.update(part)
+    return state.digest()
 
 
 def digest_while(data: memoryview, wanted: Callable[[], bool]) -> bytes | None:

@@ -42,6 +42,11 @@ def encode(
     return encoder.encode(value, path, 0), encoder.tensors
 
 
+def unmarked(metadata: Any) -> Any:
+    """The blob in a table's metadata, which replicated state wraps once more (runtime/replica.py)."""
+    return metadata["blob"] if isinstance(metadata, dict) and metadata.get("replicated") is True else metadata
+
+
 def decode(json_value: Any, tensors: Sequence[Any] = ()) -> Any:
     """The value that encode() was given; `tensors` in the order that it returned them.
 

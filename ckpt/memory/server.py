@@ -93,6 +93,7 @@ class Manager:
             "list": self._list,
             "watch": self._watch,
             "repaired": self._repaired,
+            "rebuilt": self._rebuilt,
             "open": self._open,
             "corrupt": self._corrupt,
             "adopt": self._adopt,
@@ -322,6 +323,13 @@ class Manager:
             raise ProtocolViolation("repairs are the protector's", role=connection.role)
         fill = _integer(message, "fill", 0, 1 << 62)
         self._shelf.repaired(slot, half, fill, lambda right: self._reply(connection, number, sealed=right))
+
+    def _rebuilt(self, connection: Connection, message: dict[str, Any]) -> None:
+        number, slot, half = _place(message)
+        if connection.role != "protector":
+            raise ProtocolViolation("rebuilds are the protector's", role=connection.role)
+        self._shelf.rebuilt(slot, half, _integer(message, "step", 0, 1 << 62), message.get("digest"))
+        self._reply(connection, number)
 
     def _open(self, connection: Connection, message: dict[str, Any]) -> None:
         number, slot, half = _place(message)

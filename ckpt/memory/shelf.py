@@ -3,7 +3,8 @@
     (slot, half) ──▶ MappedHalf        slot: whose state (a rank's number); half: 0 or 1, used in turn
 
     create ──▶ EMPTY ── rank: begin ▸ FILLING ▸ finish ▸ COPIED ── copied ▸ digest (worker) ▸ SEALED
-                                                                                           └▸ CORRUPT
+                                                              │                            └▸ CORRUPT
+                        protector: likewise, and its digest ──┴── rebuilt ─────────────────▸ SEALED
 
 Whatever takes time runs in the worker; its result comes back on the loop's thread, which alone changes the
 shelf and alone writes verdicts. Never changes a tensor's byte, never parses metadata. Invariants:
@@ -20,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from holdfast.proto.errors import HoldfastError, SnapshotCorrupt, SnapshotError, SnapshotIncomplete
+from holdfast.proto.errors import HoldfastError, ProtocolViolation, SnapshotCorrupt, SnapshotError, SnapshotIncomplete
 
 from .arena import HEADER_BYTES, RESTORABLE, State
-from .digest import Worker
+from .digest import DIGEST_BYTES, Worker
 from .memfd import MappedHalf, create, is_sealed, read_only
 
 Done = Callable[[int | HoldfastError], None]
@@ -105,6 +106,25 @@ class Shelf:
         self.version += 1
         if state is State.COPIED:
             self._judge(held, lambda: None)
+
+    def rebuilt(self, slot: int, half: int, step: int, digest: object) -> None:
+        """The protector rebuilt `step` here, and digested each block where it lies: seal it without another look.
+
+        What is stored is the digest that the state had on the host that was lost, so whoever reads compares with that.
+        """
+        held = self._need(slot, half)
+        mine = held.mapped.half
+        table = mine.read(step)
+        try:
+            sealed = bytes.fromhex(digest) if isinstance(digest, str) else b""
+        except ValueError:
+            sealed = b""
+        if len(sealed) != DIGEST_BYTES:
+            raise ProtocolViolation("a digest is hexadecimal", digest=repr(digest)[:40])
+        if mine.state is State.COPIED:
+            mine.seal(table.fill, sealed)
+            self.counters.sealed += 1
+        self.version += 1
 
     def listing(self) -> list[dict[str, Any]]:
         """Every half with its state, in order."""

@@ -29,6 +29,7 @@ from ..universal.model import Group, Role
 from ..universal.save import Part
 from ..universal.write import Details
 from .copy import Taken
+from .told import Told
 
 STEP_FORMATS: Final = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
 MODEL_STATES: Final = ("weight", "buffer")
@@ -46,7 +47,7 @@ class Extra:
 class Share:
     """One rank's share, its metadata read."""
 
-    taken: Taken
+    taken: Taken | Told
     extras: list[Extra]
     meta: Mapping[str, Any]
 
@@ -73,7 +74,7 @@ class Composed:
         return replace(self.details, metadata={**self.details.metadata, "trainer": trainer})
 
 
-def compose(taken: Sequence[Taken], *, job: str, time_s: float) -> Composed:
+def compose(taken: Sequence[Taken | Told], *, job: str, time_s: float) -> Composed:
     """Put the shares of one step together. SnapshotIncomplete if they are not of one history."""
     shares = [_share(one) for one in sorted(taken, key=lambda one: one.slot)]
     generations = {share.origin["generation"] for share in shares}
@@ -84,7 +85,7 @@ def compose(taken: Sequence[Taken], *, job: str, time_s: float) -> Composed:
     groups = _groups(shares, aliases)
     trained = {name for group in groups for name in group.params}
     parts = [
-        Part(name, state, e.dtype, e.shape, e.start, e.stop, one.view(e), _role(name, state, trained))
+        Part(name, state, e.dtype, e.shape, e.start, e.stop, one.data(e), _role(name, state, trained))
         for (name, state), held in tensors.items()
         if name not in aliases
         for one, e in held
@@ -103,7 +104,7 @@ def compose(taken: Sequence[Taken], *, job: str, time_s: float) -> Composed:
     return Composed(parts, details, loss, bool(first["validates"]), bool(first["validation_due"]))
 
 
-def _share(taken: Taken) -> Share:
+def _share(taken: Taken | Told) -> Share:
     extras = []
     for entry in taken.entries:
         if entry.state == "extra":
@@ -113,7 +114,8 @@ def _share(taken: Taken) -> Share:
 
 # ---- tensors ------------------------------------------------------------------------------------------------
 
-Held = dict[tuple[str, str], list[tuple[Taken, ArenaEntry]]]
+_Holders = list[tuple[Taken | Told, ArenaEntry]]
+Held = dict[tuple[str, str], _Holders]
 
 
 def _tensors(shares: Sequence[Share]) -> tuple[Held, dict[str, int | float], str]:
@@ -127,7 +129,7 @@ def _tensors(shares: Sequence[Share]) -> tuple[Held, dict[str, int | float], str
                 continue
             state = entry.state
             first = held.get((entry.name, "buffer")) if state == "buffer" else None
-            if first and _digest(first) != _digest([(share.taken, entry)]):
+            if first and not _same(first, [(share.taken, entry)]):
                 state = f"buffer.replica{replica}"
             held.setdefault((entry.name, state), []).append((share.taken, entry))
         for name, values in share.meta.get("scalars", {}).items():
@@ -157,16 +159,34 @@ def _aliases(shares: Sequence[Share], held: Held, steps: Mapping[str, int | floa
             and states.get(owner) is not None
             and states.get(owner) == states.get(second)
             and steps.get(owner) == steps.get(second)
-            and all(_digest(held[owner, state]) == _digest(held[second, state]) for state in states[owner])
+            and all(_same(held[owner, state], held[second, state]) for state in states[owner])
         )
         if equal:
             aliases[second] = owner
     return aliases
 
 
-def _digest(found: list[tuple[Taken, ArenaEntry]]) -> bytes:
-    taken, entry = found[0]
-    return digest_of(taken.view(entry))
+def _same(these: _Holders, those: _Holders) -> bool:
+    """Whether two tensors have the same bits. Where other hosts tell of theirs, only if both are cut alike."""
+    ours, theirs = ({(entry.start, entry.stop): (one, entry) for one, entry in held} for held in (these, those))
+    if ours.keys() == theirs.keys():
+        return all(one.digest(entry) == theirs[at][0].digest(theirs[at][1]) for at, (one, entry) in ours.items())
+    first, second = _whole(these), _whole(those)
+    return first is not None and first == second
+
+
+def _whole(held: _Holders) -> bytes | None:
+    """Digest of all elements, each once: holders keep parts (ZeRO-1). None if some lie on other hosts."""
+    parts = []
+    reached = 0
+    for one, entry in sorted(held, key=lambda each: (each[1].start, -each[1].stop)):
+        if isinstance(one, Told):
+            return None
+        if entry.stop > reached:
+            item = entry.nbytes // (entry.stop - entry.start)
+            parts.append(one.view(entry)[(max(reached, entry.start) - entry.start) * item :])
+            reached = entry.stop
+    return digest_of(*parts) if parts else digest_of(b"")
 
 
 def _role(name: str, state: str, trained: set[str]) -> Role:
@@ -181,7 +201,7 @@ def _extra_parts(shares: Sequence[Share]) -> Iterator[Part]:
     for share in shares:
         entries = [entry for entry in share.taken.entries if entry.state == "extra"]
         for extra, e in zip(share.extras, entries, strict=True):
-            yield Part(extra.name, extra.state, e.dtype, e.shape, e.start, e.stop, share.taken.view(e), "opaque")
+            yield Part(extra.name, extra.state, e.dtype, e.shape, e.start, e.stop, share.taken.data(e), "opaque")
 
 
 # ---- metadata -----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from ..memory.arena import Word
 from ..memory.client import HalfInfo, SmpClient
 from ..memory.digest import DIGEST_BYTES, digest_of
 from ..memory.memfd import RESERVE_BYTES, room
+from ..memory.metadata import unmarked
 from ..memory.table import HEADER_BYTES, ArenaEntry
 from .choose import WHOLE
 
@@ -44,6 +45,14 @@ class Taken:
         """The bytes of one entry."""
         start = entry.offset - HEADER_BYTES
         return memoryview(self.memory)[start : start + entry.nbytes]
+
+    def data(self, entry: ArenaEntry) -> memoryview:
+        """The same, for who writes it."""
+        return self.view(entry)
+
+    def digest(self, entry: ArenaEntry) -> bytes:
+        """Of the bytes of one entry: two copies of a state are compared by it."""
+        return digest_of(self.view(entry))
 
     def free(self) -> None:
         """Give the memory back; if somebody still holds a view (an error's traceback may), when that goes."""
@@ -98,7 +107,7 @@ def _take(client: SmpClient, held: HalfInfo) -> Taken:
         except BaseException:
             memory.close()
             raise
-        return Taken(held.slot, table.step, table.entries, table.metadata, memory)
+        return Taken(held.slot, table.step, table.entries, unmarked(table.metadata), memory)
 
 
 def _word(memory: memoryview, word: Word) -> int:

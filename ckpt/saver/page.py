@@ -2,6 +2,7 @@
 
     saver   DUE, BEAT_NS                 first step of which a checkpoint is wanted now; "I live"
     rank 0  LOSS, VALIDATED              validation loss of a step, which is known only after its snapshot began
+    rank 0  RESERVED                     the step that every rank holds whole and leaves untouched for the saver
 
 One file of one page that the agent makes before either starts; each word has one writer and is stored at once.
 Invariants: a due step that nobody set reads as NO_STEP; a loss is read together with the step that it is of.
@@ -30,6 +31,7 @@ class Word(IntEnum):
     BEAT_NS = 1  # monotonic clock
     VALIDATED = 2  # step + 1, stored after the loss
     LOSS = 3  # bits of a double
+    RESERVED = 4  # step + 1; 0: none
 
 
 class Page:
@@ -72,6 +74,15 @@ class Page:
     @beat_ns.setter
     def beat_ns(self, now_ns: int) -> None:
         self._words[Word.BEAT_NS] = now_ns & _MASK
+
+    @property
+    def reserved(self) -> int:
+        """The step that all ranks of the job leave untouched, until nothing is due; NO_STEP for none."""
+        return self._words[Word.RESERVED] - 1
+
+    @reserved.setter
+    def reserved(self, step: int) -> None:
+        self._words[Word.RESERVED] = step + 1
 
     def validated(self, step: int, loss: float) -> None:
         """Rank 0: the validation loss of `step`."""

@@ -109,10 +109,7 @@ class Saver:
                         return False
                     since = 0
                     continue
-                self._page.due = self._next
-                step = pick(halves, self._slots, self._next)
-                if step is not None:
-                    self._save(step, halves)
+                if self._turn(halves):
                     since = 0  # what came meanwhile was not looked at
             self._last()
             return True
@@ -120,6 +117,14 @@ class Saver:
             self._page.due = int(NO_STEP)
             self._ended.set()
             beats.join()
+
+    def _turn(self, halves: tuple[HalfInfo, ...]) -> bool:
+        """Save what is due, if it is there. Whether that took a while."""
+        self._page.due = self._next
+        step = pick(halves, self._slots, self._next)
+        if step is not None:
+            self._save(step, halves)
+        return step is not None
 
     # ---- the manager ----------------------------------------------------------------------------------
 
@@ -183,6 +188,9 @@ class Saver:
             return
         finally:
             free(taken)
+        self._written(step, path, nbytes, started=started, copied=copied)
+
+    def _written(self, step: int, path: Path, nbytes: int, *, started: float, copied: float) -> None:
         self._saved = max(self._saved, step)
         self._next = next_due(max(self._saved, self._newest()), self._options.every)
         self._told = ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -89,8 +89,8 @@ def _facts(
         slabs = [replace(s, chunk_bytes=s.chunk_bytes or chunk_bytes_for(s.nbytes), digests=()) for _, _, s in members]
         found = [[""] * slab.chunks for slab in slabs]
 
-        def note(index: int, chunk: int, offset: int, nbytes: int, value: str) -> None:
-            found[index][chunk] = value
+        def note(index: int, first: int, edges: Sequence[int], digests: list[str]) -> None:
+            found[index][first : first + len(digests)] = digests
 
         def advance(nbytes: int) -> None:
             nonlocal done
@@ -126,10 +126,11 @@ def _write(disk: Disk, target: Path, texts: dict[str, bytes], manifest: bytes) -
         with explained(target, "writing a manifest"):
             disk.mkdir(folder)
             disk.mkdir(folder / "state")
-            for path, data in texts.items():
-                disk.write_file(folder / path, data)
-            disk.write_file(folder / MANIFEST, manifest)
-            disk.write_file(folder / COMMIT, commit_bytes(manifest))
+            files = {**texts, MANIFEST: manifest, COMMIT: commit_bytes(manifest)}
+            for path, data in files.items():
+                disk.write_file(folder / path, data, sync=False)
+            for path in files:
+                disk.fsync_file(folder / path)
             disk.fsync_directory(folder / "state")
             disk.fsync_directory(folder)
             disk.rename(folder, target)

@@ -5,7 +5,7 @@
 
 To verify what it reads, a reader reads whole chunks: chunks are therefore small for small tensors (1/128 of
 the tensor, so that a quarter of it costs a few percent more) and at most 4 MiB for large ones. The
-compressor is imported when it is used: archives are an extra. Invariants:
+compressor, and numpy for it, are imported when they are used: archives are an extra. Invariants:
 
 * a chunk is a whole number of elements, of every dtype;
 * decompress() returns exactly the bytes asked for, or raises; it allocates no more than that.
@@ -16,7 +16,6 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any, Final
 
-import numpy as np
 import xxhash
 
 from .errors import CorruptError, UsageError
@@ -61,14 +60,17 @@ class Codec:
             import zstandard
         except ImportError as error:
             raise UsageError("compressed chunks need the package zstandard: pip install 'holdfast[archive]'") from error
+        import numpy
+
         self._zstd: Any = zstandard
+        self._np: Any = numpy
         self._compressor: Any = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
         self._decompressor: Any = zstandard.ZstdDecompressor()
 
     def compress(self, data: Buffer, dtype: str) -> bytes | None:
         """The stored form of a chunk; None if it is not worth it."""
-        raw = np.frombuffer(data, np.uint8)
-        planes = np.ascontiguousarray(raw.reshape(-1, ITEM_BYTES[dtype]).T)
+        raw = self._np.frombuffer(data, self._np.uint8)
+        planes = self._np.ascontiguousarray(raw.reshape(-1, ITEM_BYTES[dtype]).T)
         packed: bytes = self._compressor.compress(planes)
         return packed if len(packed) <= raw.nbytes * (1 - GAIN_MIN) else None
 
@@ -85,4 +87,5 @@ class Codec:
         if len(planes) != nbytes:
             raise CorruptError("a chunk of another size than listed", file=file, bytes=size, expected=nbytes)
         item = ITEM_BYTES[dtype]
-        return np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(item, -1).T).data.cast("B")
+        raw = self._np.frombuffer(planes, self._np.uint8)
+        return memoryview(self._np.ascontiguousarray(raw.reshape(item, -1).T)).cast("B")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NUMPY: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -39,6 +40,8 @@ def lossless(source: str, target: str) -> bool:
 
 def convert(data: Any, source: str, target: str) -> np.ndarray[Any, Any]:
     """The numbers in a byte buffer as an array of the target dtype (BF16: as its bits)."""
+    import numpy as np
+
     for dtype in (source, target):
         if dtype not in NUMPY:
             raise UsageError("no conversion from or to this dtype", dtype=dtype)
@@ -55,6 +58,8 @@ def convert(data: Any, source: str, target: str) -> np.ndarray[Any, Any]:
 
 def _to_bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Round once: float64 first goes to float32 by rounding to odd, so that the second rounding is the only one."""
+    import numpy as np
+
     single = values.astype("<f4")
     bits = single.view("<u4")
     if values.dtype == np.dtype("<f8") or values.dtype.kind in "iu":

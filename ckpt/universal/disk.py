@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Final
 
 from .errors import StorageError
 
+WRITE_BACK_BYTES: Final = 256 << 10
+"""Writes from this size on start on their way to the disk at once; smaller ones wait for the fsync."""
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,6 +67,8 @@ class Disk:
     def pwrite(self, fd: int, data: memoryview, offset: int) -> None:
         while data.nbytes:
             done = os.pwrite(fd, data, offset)
+            if done >= WRITE_BACK_BYTES:
+                write_back(fd, offset, done)
             data, offset = data[done:], offset + done
 
     def append(self, fd: int, data: bytes) -> None:
@@ -72,8 +79,15 @@ class Disk:
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
 
+    def fsync_file(self, path: Path) -> None:
+        """Of several new files, fsync after all are written: the first then commits the names of all."""
+        self._fsync_path(path, os.O_NOFOLLOW)
+
     def fsync_directory(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._fsync_path(path, os.O_DIRECTORY)
+
+    def _fsync_path(self, path: Path, flags: int) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
         try:
             self.fsync(fd)
         finally:
@@ -92,12 +106,39 @@ class Disk:
         shutil.rmtree(path)
 
     def write_file(self, path: Path, data: bytes, *, sync: bool = True) -> None:
-        """A whole file at once, durable on return."""
+        """A whole file at once; with `sync`, durable on return."""
         fd = self.open(path)
         try:
             os.ftruncate(fd, 0)
             self.pwrite(fd, memoryview(data), 0)
             if sync:
                 self.fsync(fd)
+            else:
+                write_back(fd, 0, len(data))
         finally:
             os.close(fd)
+
+
+def write_back(fd: int, offset: int, nbytes: int) -> None:
+    """Have the kernel begin to write a range out, and go on.
+
+    All of it left to one fsync at the end, the disk idles while we compute and we wait while it writes; and a
+    writer with much unwritten behind it is slowed down by the kernel, to a fifth of the disk's speed where this
+    was measured. A hint: nothing depends on it, and where it is not known it does nothing.
+    """
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], Any] | None:
+    import ctypes
+
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is None:
+        return None
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    call.restype = ctypes.c_int
+    found: Callable[[int, int, int, int], Any] = call
+    return found

@@ -9,6 +9,7 @@ link is refused; in other people's folders (Hugging Face's cache is one of links
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -20,6 +21,11 @@ from .disk import explained
 from .errors import CorruptError, IncompleteError
 
 OPEN_MAX: Final = 128
+
+
+def block(nbytes: int) -> memoryview:
+    """Memory to read into again and again: private, page-aligned, and touched only where it is used."""
+    return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class _Open:
@@ -78,7 +84,8 @@ class Files:
         """Fill `out`, a writable byte buffer, from byte `offset` of the file."""
         view = memoryview(out)
         done = reads = 0
-        with self.lease(path) as fd, explained(self.root / path, "reading a checkpoint"):
+        # Text, not a Path: to put one together takes as long as to read 100 KiB.
+        with self.lease(path) as fd, explained(f"{self.root}/{path}", "reading a checkpoint"):
             while done < view.nbytes:
                 got = os.preadv(fd, [view[done:]], offset + done)
                 reads += 1

@@ -2,7 +2,7 @@
 
     stored slab   ──▶ tiles ──┐
                               ├── intersect ──▶ Copy(source, target, dims)      dims: (count, step, step)
-    wanted region ──▶ tiles ──┘
+    wanted region ──▶ tiles ──┘            └── one run, if both lie side by side in the tensor
 
 A flat range of an n-D tensor is at most 2n - 1 boxes, so everything becomes boxes with strides: nothing here
 walks elements, and nothing here knows bytes or files. Invariants:
@@ -98,23 +98,46 @@ def slab_tiles(slab: Slab, shape: Sequence[int]) -> list[Tile]:
     return [Tile(slab.box, 0, slab.strides or row_major(slab.shape))] if volume(slab.box) else []
 
 
-def region_tiles(region: Region | None, shape: Sequence[int], label: str = "") -> tuple[list[Tile], int]:
-    """Where the elements of a wanted region go in a dense buffer, and how many they are. None: all of it."""
-    if region is None or (region == () and not shape):
-        region = full_box(shape)
+def region_size(region: Region | None, shape: Sequence[int], label: str = "") -> int:
+    """Elements of a wanted region; UsageError if some are outside of the tensor. None: all of it."""
+    if region is None:
+        return math.prod(shape)
     if is_flat(region):
         start, stop = region
         assert isinstance(start, int)
         assert isinstance(stop, int)
         if not 0 <= start <= stop <= math.prod(shape):
             raise UsageError("a flat range outside of the tensor", tensor=label, range=region, shape=tuple(shape))
-        return flat_tiles((start, stop), shape), stop - start
+        return stop - start
     box: Box = region  # type: ignore[assignment]  # is_flat() told them apart
     if len(box) != len(shape) or any(not 0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True)):
         raise UsageError("a box outside of the tensor", tensor=label, box=box, shape=tuple(shape))
-    size = volume(box)
+    return volume(box)
+
+
+def region_tiles(region: Region | None, shape: Sequence[int], label: str = "") -> tuple[list[Tile], int]:
+    """Where the elements of a wanted region go in a dense buffer, and how many they are. None: all of it."""
+    size = region_size(region, shape, label)
+    if region is not None and is_flat(region):
+        return flat_tiles(region, shape), size  # type: ignore[arg-type]  # is_flat() told them apart
+    box: Box = full_box(shape) if region is None else region  # type: ignore[assignment]
     lengths = tuple(stop - start for start, stop in box)
     return ([Tile(box, 0, row_major(lengths))] if size else []), size
+
+
+def flat_of(region: Region | None, shape: Sequence[int]) -> Flat | None:
+    """The flat range that a region is; None if its elements do not lie side by side in the tensor."""
+    if region is None:
+        return 0, math.prod(shape)
+    if is_flat(region):
+        return region  # type: ignore[return-value]  # is_flat() told them apart
+    box: Box = region  # type: ignore[assignment]
+    start, size, whole = 0, 1, True
+    for (low, high), length, step in reversed(list(zip(box, shape, row_major(shape), strict=True))):
+        if not whole and high - low != 1:
+            return None
+        start, size, whole = start + low * step, size * (high - low), whole and high - low == length
+    return start, start + size
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +187,37 @@ def copies(sources: Sequence[Tile], targets: Sequence[Tile]) -> Iterator[Copy]:
             box = intersect(source.box, target.box)
             if box is not None:
                 yield _copy(source, target, box)
+
+
+def taken(slab: Slab, region: Region | None, shape: Sequence[int]) -> list[Copy]:
+    """What to copy from a slab into a dense buffer of the region."""
+    ours, theirs = _slab_flat(slab, shape), flat_of(region, shape)
+    if ours is not None and theirs is not None:
+        return _run(ours, theirs)
+    return list(copies(slab_tiles(slab, shape), region_tiles(region, shape)[0]))
+
+
+def given(region: Region | None, slab: Slab, shape: Sequence[int]) -> list[Copy]:
+    """What to copy from a dense buffer of the region into a slab."""
+    theirs, ours = flat_of(region, shape), _slab_flat(slab, shape)
+    if ours is not None and theirs is not None:
+        return _run(theirs, ours)
+    return list(copies(region_tiles(region, shape)[0], slab_tiles(slab, shape)))
+
+
+def _slab_flat(slab: Slab, shape: Sequence[int]) -> Flat | None:
+    if slab.flat is not None:
+        return slab.flat
+    return flat_of(slab.box, shape) if slab.strides is None else None
+
+
+def _run(source: Flat, target: Flat) -> list[Copy]:
+    """What two flat ranges share, as the one copy that it is: as boxes it would be up to 2n - 1 of them."""
+    low, high = max(source[0], target[0]), min(source[1], target[1])
+    if low >= high:
+        return []
+    dims = ((high - low, 1, 1),) if high - low > 1 else ()
+    return [Copy(low - source[0], low - target[0], dims)]
 
 
 def check_cover(tensor: TensorState) -> None:

@@ -51,7 +51,9 @@ class Journal:
             disk.append(self._fd, b"\n")
 
     def chunks(self, done: Iterable[tuple[int, int, str]]) -> None:
-        self._disk.append(self._fd, b"".join(_line(["c", *entry]) for entry in done))
+        # Not json.dumps: tens of thousands of lines a second, of two numbers and hexadecimal digits.
+        text = "".join(f'["c",{slab},{chunk},"{digest}"]\n' for slab, chunk, digest in done)
+        self._disk.append(self._fd, text.encode())
 
     def packed(self, file: int, slabs: Packed) -> None:
         self._disk.append(self._fd, _line(["z", file, slabs]))

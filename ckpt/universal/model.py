@@ -53,7 +53,15 @@ def safe_path(path: str) -> bool:
     """Whether `path` is relative, normal and stays below where it starts. Purely by its letters."""
     if not path or len(path) > 4096 or "\0" in path or "\\" in path or path.startswith("/"):
         return False
-    return all(part not in ("", ".", "..") for part in path.split("/"))
+    return all(part not in ("", ".", "..") and _storable(part) for part in path.split("/"))
+
+
+def _storable(part: str) -> bool:
+    """Whether a file system takes it; what is not refused here would be an error of the system later."""
+    try:
+        return len(part) <= 255 and len(part.encode()) <= 255
+    except UnicodeEncodeError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
-import numpy as np
-
 from .chunks import Codec, digest, stored_offsets
 from .convert import convert
 from .errors import CorruptError, IncompleteError, UsageError
-from .files import Files
-from .geometry import Copy, copies, is_flat, region_tiles, slab_tiles
+from .files import Files, block
+from .geometry import Copy, is_flat, region_size, taken
 from .model import ITEM_BYTES, Checkpoint, Region, Slab, TensorState
 from .strided import copy as strided_copy
 
@@ -113,8 +111,8 @@ class Reader:
         tensor = self.checkpoint.tensor(name, state)
         if dtype and dtype != tensor.dtype:
             return self._converted(tensor, region, out, dtype)
-        _, size = region_tiles(region, tensor.shape, f"{name}:{state}")
-        view = _buffer(out, size * ITEM_BYTES[tensor.dtype], tensor)
+        size = region_size(region, tensor.shape, f"{name}:{state}")
+        view = buffer(out, size * ITEM_BYTES[tensor.dtype], tensor)
         self._run(self._tasks(tensor, region, view))
         return view
 
@@ -123,8 +121,8 @@ class Reader:
         tasks: list[Callable[[], None]] = []
         for name, state, region, out in wanted:
             tensor = self.checkpoint.tensor(name, state)
-            _, size = region_tiles(region, tensor.shape, f"{name}:{state}")
-            tasks += self._tasks(tensor, region, _buffer(out, size * ITEM_BYTES[tensor.dtype], tensor))
+            size = region_size(region, tensor.shape, f"{name}:{state}")
+            tasks += self._tasks(tensor, region, buffer(out, size * ITEM_BYTES[tensor.dtype], tensor))
         self._run(tasks)
 
     def stream(self, name: str, state: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, memoryview]]:
@@ -151,13 +149,13 @@ class Reader:
     # ---- from regions to tasks ----------------------------------------------------------------------------
 
     def _tasks(self, tensor: TensorState, region: Region | None, out: memoryview) -> list[Callable[[], None]]:
-        targets, size = region_tiles(region, tensor.shape)
+        size = region_size(region, tensor.shape)
         item = ITEM_BYTES[tensor.dtype]
         self.bytes_wanted += size * item
         tasks: list[Callable[[], None]] = []
         held = 0
         for slab in tensor.slabs:
-            found = list(copies(slab_tiles(slab, tensor.shape), targets))
+            found = taken(slab, region, tensor.shape)
             if not found:
                 continue
             held += sum(copy.elements for copy in found)
@@ -268,14 +266,15 @@ class Reader:
         """Memory of this thread, used again: fresh pages would cost more than the read."""
         held = getattr(self._local, use, None)
         if held is None or held.nbytes < nbytes:
-            held = np.empty(max(nbytes, BLOCK_BYTES), np.uint8).data
+            held = block(max(nbytes, BLOCK_BYTES))
             setattr(self._local, use, held)
-        return memoryview(held)[:nbytes]
+        part: memoryview = held[:nbytes]
+        return part
 
     def _converted(self, tensor: TensorState, region: Region | None, out: Any, dtype: str) -> memoryview:
         """A read with conversion, by parts along the flat range or dim 0: memory of a few blocks."""
-        _, size = region_tiles(region, tensor.shape, f"{tensor.name}:{tensor.state}")
-        view = _buffer(out, size * ITEM_BYTES[dtype], tensor)
+        size = region_size(region, tensor.shape, f"{tensor.name}:{tensor.state}")
+        view = buffer(out, size * ITEM_BYTES[dtype], tensor)
         done = 0
         for part in _parts(region, tensor, size):
             data = convert(self.read(tensor.name, tensor.state, part), tensor.dtype, dtype)
@@ -313,9 +312,12 @@ def _parts(region: Region | None, tensor: TensorState, size: int) -> Iterator[Re
         yield ((low, min(low + rows, last)), *rest)
 
 
-def _buffer(out: Any, nbytes: int, tensor: TensorState) -> memoryview:
+def buffer(out: Any, nbytes: int, tensor: TensorState) -> memoryview:
+    """`out` as bytes to fill, or new ones; UsageError if it is not what a read fills."""
     if out is None:
-        out = np.empty(nbytes, np.uint8)
+        import numpy
+
+        out = numpy.empty(nbytes, numpy.uint8)  # a bytearray would be zeroed first
     view = memoryview(out)
     if view.nbytes != nbytes or view.readonly or not view.c_contiguous:
         raise UsageError(

@@ -6,12 +6,14 @@
 
 The parts say what they are; where they came from does not matter. Elements that several hold are taken from
 the first that has them. Memory beyond the parts themselves is a few blocks; a part may be given as a function
-that fetches its bytes when its turn comes. Runs in one process: parts of other hosts come here first.
+that fetches its bytes when its turn comes, in any of the threads that write. Runs in one process: parts of other
+hosts come here first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,10 @@ class Part:
     role: Role = "param"
 
 
+Chosen = list[tuple[Part, int, int]]
+"""Elements [start, stop) to take from which part."""
+
+
 def save_universal(
     root: Path | str,
     parts: Sequence[Part],
@@ -44,6 +50,15 @@ def save_universal(
     disk: Disk | None = None,
 ) -> Checkpoint:
     """Write the parts as one checkpoint at `root`. IncompleteError, before anything is written, for a gap."""
+    chosen = choose_parts(parts)
+    with Writer(root, options, disk) as writer:
+        writer.begin(chosen)
+        _put_all(writer, chosen.values())
+        return writer.commit(details)
+
+
+def choose_parts(parts: Sequence[Part]) -> dict[StatePlan, Chosen]:
+    """Which elements of each tensor to take from which part: ascending, without overlap. IncompleteError for a gap."""
     plans: dict[tuple[str, str], StatePlan] = {}
     held: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
@@ -52,24 +67,34 @@ def save_universal(
         if plans.setdefault(key, plan) != plan:
             raise CorruptError("two parts of one tensor disagree", name=part.name, state=part.state)
         held.setdefault(key, []).append(part)
-    chosen = {key: _disjoint(plans[key], members) for key, members in held.items()}
-    with Writer(root, options, disk) as writer:
-        writer.begin(plans.values())
-        for key, ranges in chosen.items():
-            wanted = writer.missing(*key)
-            for part, start, stop in ranges:
-                if any(low < stop and start < high for low, high in wanted):
-                    _put(writer, part, start, stop)
-        return writer.commit(details)
+    return {plans[key]: _disjoint(plans[key], members) for key, members in held.items()}
 
 
-def _disjoint(plan: StatePlan, parts: list[Part]) -> list[tuple[Part, int, int]]:
+def _put_all(writer: Writer, chosen: Iterable[Chosen]) -> None:
+    """Several tensors at a time: one is digested while another is on its way to the disk."""
+
+    def put(ranges: Chosen) -> None:
+        for part, start, stop in ranges:
+            if any(low < stop and start < high for low, high in writer.missing(part.name, part.state)):
+                _put(writer, part, start, stop)
+
+    with ThreadPoolExecutor(writer.options.jobs, thread_name_prefix="checkpoint-save") as pool:
+        futures = [pool.submit(put, ranges) for ranges in chosen]
+        try:
+            for future in futures:
+                future.result()
+        finally:  # the first error ends all
+            for future in futures:
+                future.cancel()
+
+
+def _disjoint(plan: StatePlan, parts: list[Part]) -> Chosen:
     """Which elements to take from which part, ascending and without overlap."""
     elements = 1
     for length in plan.shape:
         elements *= length
     reached = 0
-    found: list[tuple[Part, int, int]] = []
+    found: Chosen = []
     for part in sorted(parts, key=lambda part: (part.start, -part.stop)):
         if not 0 <= part.start <= part.stop <= elements:
             raise UsageError(

@@ -1,7 +1,7 @@
 """One sequential pass over a file: the digest of every chunk in it, and of the bytes between the slabs.
 
-    |header|chunk|chunk|chunk .. |gap|chunk ..|        runs of neighbours are read together, up to 8 MiB
-     rest   ────── on_chunk ─────  rest
+    |header|chunk|chunk|chunk .. |gap|chunk ..|        runs of neighbours are read together, up to 2 MiB
+     rest   ────── on_chunks ────  rest
 
 Adopting computes digests with it, verifying compares them. Reading and digesting are spread over `jobs`
 threads: both release the interpreter. Memory is one run per job. Invariants: every byte of the file is read
@@ -10,29 +10,38 @@ once (bytes of overlapping slabs, which only foreign files have: once per slab).
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Final
 
-import numpy as np
 import xxhash
 
 from .chunks import digest, stored_offsets
-from .files import Files
+from .files import Files, block
 from .model import Slab
 
-RUN_BYTES: Final = 8 << 20
+RUN_BYTES: Final = 2 << 20
+"""Stays in a core's own cache between reading and digesting."""
 
-OnChunk = Callable[[int, int, int, int, str], None]
-"""Index of the slab, of the chunk, offset in the file, bytes, digest. Called from any thread."""
+OnChunks = Callable[[int, int, Sequence[int], list[str]], None]
+"""Index of the slab, of the first chunk, the chunks' edges in the file (one more than chunks), their digests. Called
+from any thread. Several chunks at a time: there are tens of thousands a second, and each call costs what 16 KiB do."""
 OnRun = Callable[[int], None]
 """Bytes that were read together, after their chunks. Called from any thread."""
 
 
-_Part = tuple[int, int, int, int]
-"""Offset in the file, bytes, index of the slab, of the chunk. A plain tuple: there are tens of thousands a second."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Neighbouring chunks of one slab that are read together."""
+
+    slab: int
+    first: int
+    edges: list[int]
+    """In the file."""
 
 
 def gaps(slabs: Sequence[Slab], file_bytes: int) -> list[tuple[int, int]]:
@@ -63,35 +72,47 @@ def scan(
     slabs: Sequence[Slab],
     pool: ThreadPoolExecutor,
     jobs: int,
-    on_chunk: OnChunk,
+    on_chunks: OnChunks,
     on_run: OnRun,
 ) -> None:
-    """Call `on_chunk` for every chunk of the slabs, which all lie in `path` and have chunks."""
+    """Call `on_chunks` for all chunks of the slabs, which all lie in `path` and have chunks."""
     local = threading.local()
 
     def run(parts: list[_Part]) -> None:
-        base = parts[0][0]
-        total = parts[-1][0] + parts[-1][1] - base
+        base = parts[0].edges[0]
+        total = parts[-1].edges[-1] - base
         if not hasattr(local, "memory") or local.memory.nbytes < total:
-            local.memory = np.empty(max(RUN_BYTES, total), np.uint8).data
-        memory: Any = local.memory
+            local.memory = block(max(RUN_BYTES, total))
+        memory: memoryview = local.memory
         files.read_into(path, base, memory[:total])
-        for offset, nbytes, slab, chunk in parts:
-            on_chunk(slab, chunk, offset, nbytes, digest(memory[offset - base : offset - base + nbytes]))
+        for part in parts:
+            found = [digest(memory[low - base : high - base]) for low, high in itertools.pairwise(part.edges)]
+            on_chunks(part.slab, part.first, part.edges, found)
         on_run(total)
 
     runs = _runs(slabs)
-    waiting: list[Future[None]] = []
+    taking = threading.Lock()
+    over = threading.Event()
+
+    def work() -> None:
+        try:
+            while not over.is_set():
+                with taking:
+                    parts = next(runs, None)
+                if parts is None:
+                    return
+                run(parts)
+        except BaseException:
+            over.set()  # one error ends all
+            raise
+
+    futures = [pool.submit(work) for _ in range(jobs)]
     try:
-        for parts in runs:
-            waiting.append(pool.submit(run, parts))
-            if len(waiting) > 2 * jobs:
-                waiting.pop(0).result()
-        for future in waiting:
-            future.result()
-    finally:
-        for future in waiting:
-            future.cancel()
+        wait(futures)
+    finally:  # whoever interrupts us closes the files
+        over.set()
+    for future in futures:
+        future.result()
 
 
 def _runs(slabs: Sequence[Slab]) -> Iterator[list[_Part]]:
@@ -99,14 +120,17 @@ def _runs(slabs: Sequence[Slab]) -> Iterator[list[_Part]]:
     parts: list[_Part] = []
     end = limit = -1
     for index, slab in sorted(enumerate(slabs), key=lambda pair: pair[1].span.offset):
-        start = slab.span.offset
-        for chunk, (low, high) in enumerate(itertools.pairwise(stored_offsets(slab))):
-            if start + low != end or start + high > limit:
+        edges = [slab.span.offset + low for low in stored_offsets(slab)]
+        first = 0
+        while first + 1 < len(edges):
+            if edges[first] != end or edges[first + 1] > limit:
                 if parts:
                     yield parts
                 parts = []
-                limit = start + low + RUN_BYTES
-            parts.append((start + low, high - low, index, chunk))
-            end = start + high
+                limit = edges[first] + RUN_BYTES
+            # At least one chunk, and all more that end within the limit.
+            last = max(bisect.bisect_right(edges, limit) - 1, first + 1)
+            parts.append(_Part(index, first, edges[first : last + 1]))
+            first, end = last, edges[last]
     if parts:
         yield parts

@@ -23,9 +23,10 @@ from typing import Final
 
 from .archive import compress_file, packed_slab
 from .chunks import Buffer, digest
+from .direct import DirectFile
 from .disk import Disk, explained
 from .errors import IncompleteError, UsageError
-from .geometry import Copy, copies, region_tiles, slab_tiles
+from .geometry import Copy, given, region_size
 from .journal import FILE_NAME as JOURNAL
 from .journal import Journal, Packed, read_journal
 from .layout import FILE_BYTES_MAX, Layout, StatePlan, make_layout, plan_digest
@@ -47,9 +48,11 @@ class WriteOptions:
     resume: bool = False
     """Take up an interrupted write of the same plan; and leave one behind if this one fails."""
     fsync: bool = True
+    direct: bool = False
+    """Write past the page cache where that is possible: for more than memory holds, or what nobody reads next."""
     file_bytes_max: int = FILE_BYTES_MAX
     jobs: int = 2
-    """Threads that compress."""
+    """Threads that compress; and those of save_universal()."""
     id: str = ""
     """Tells two saves apart; random if empty."""
 
@@ -69,6 +72,7 @@ class Stage:
         self._disk = disk
         self._lock = threading.Lock()
         self._fds: list[int] = []
+        self._direct: list[DirectFile] = []
         self._progress: dict[tuple[str, str], list[SlabProgress]] = {}
         self._by_file: list[list[SlabProgress]] = []
         self._headers: list[bytes] = []
@@ -146,9 +150,12 @@ class Stage:
         for folder in sorted(folders):
             self._disk.mkdir(self.folder / folder)
         self._headers = [file.header for file in self.layout.files]
+        local = threading.local()
         for index, file in enumerate(self.layout.files):
             fd = self._disk.open(self.folder / file.path)
             self._fds.append(fd)
+            if self._options.direct and not self._options.archive:  # which reads all of it again, to compress
+                self._direct.append(DirectFile(self._disk, self.folder / file.path, fd, local))
             if index in packed and self._believe_packed(index, packed[index]):
                 continue
             self._disk.allocate(fd, file.nbytes)
@@ -220,7 +227,7 @@ class Stage:
         """
         members = self._members(name, state)
         tensor = members[0].tensor
-        source, size = region_tiles(region, tensor.shape, f"{name}:{state}")
+        size = region_size(region, tensor.shape, f"{name}:{state}")
         item = ITEM_BYTES[tensor.dtype]
         plain = memoryview(data)
         if plain.nbytes != size * item:
@@ -230,9 +237,9 @@ class Stage:
         if not size:
             return
         plain = plain.cast("B")
-        with explained(self.folder / members[0].slab.span.file, "writing a checkpoint"):
+        with explained(f"{self.folder}/{members[0].slab.span.file}", "writing a checkpoint"):
             for member in members:
-                for copy in copies(source, slab_tiles(member.slab, tensor.shape)):
+                for copy in given(region, member.slab, tensor.shape):
                     self._put_copy(member, copy, plain, item)
 
     def _put_copy(self, member: SlabProgress, copy: Copy, data: memoryview, item: int) -> None:
@@ -256,7 +263,7 @@ class Stage:
             self._put_run(member, (copy.target + at * outer[2]) * item, memoryview(taken.tobytes()))
 
     def _put_run(self, member: SlabProgress, low: int, data: memoryview) -> None:
-        slab, size = member.slab, member.slab.chunk_bytes
+        slab, size, end = member.slab, member.slab.chunk_bytes, member.slab.nbytes
         index = member.file
         fd = self._fds[index]
 
@@ -269,13 +276,17 @@ class Stage:
             block = data[start - low : stop - low]
             whole = {}
             for chunk in range(-(-start // size), -(-stop // size)):
-                first, last = chunk * size, min((chunk + 1) * size, slab.nbytes)
+                first, last = chunk * size, min((chunk + 1) * size, end)
                 if last <= stop:
                     whole[chunk] = digest(block[first - start : last - start])
             with self._lock:
                 wanted = list(member.fresh(start, stop))
             for first, last in wanted:
-                self._disk.pwrite(fd, block[first - start : last - start], slab.span.offset + first)
+                part, at = block[first - start : last - start], slab.span.offset + first
+                if self._direct:
+                    self._direct[index].pwrite(part, at)
+                else:
+                    self._disk.pwrite(fd, part, at)
             with self._lock:
                 self._settle(index, member, member.written(start, block, whole, read_back), wanted)
             start = stop
@@ -303,10 +314,10 @@ class Stage:
             slabs = [replace(m.slab, digests=tuple(d or "" for d in m.digests)) for m in self._by_file[index]]
             with explained(self.folder / file.path, "compressing a checkpoint"):
                 header, packed = compress_file(self._disk, self.folder, file, slabs, self._options.jobs)
-            with self._lock:
-                assert self._journal is not None
-                self._journal.packed(index, packed)
-                self._headers[index], self._packed[index] = header, packed
+                with self._lock:
+                    assert self._journal is not None
+                    self._journal.packed(index, packed)
+                    self._headers[index], self._packed[index] = header, packed
         elif self._options.fsync:
             with explained(self.folder / file.path, "making a checkpoint durable"):
                 self._disk.fsync(self._fds[index])
@@ -354,6 +365,8 @@ class Stage:
             if self._journal is not None:
                 self._journal.close()
                 self._journal = None
+            for file in self._direct:
+                file.close()
             for fd in [*self._fds, self._locked]:
                 os.close(fd)
-            self._fds = []
+            self._fds, self._direct = [], []

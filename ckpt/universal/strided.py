@@ -2,15 +2,17 @@
 
     buffer[u8] ──▶ view(offset, dims) ──▶ one strided copy
 
-Elements are copied as unsigned integers of their size: no value is ever interpreted, so a NaN keeps its bits.
+Elements are copied as unsigned integers of their size: no value is ever interpreted, so a NaN keeps its bits. numpy is
+imported at the first copy: what lies side by side needs none, and a command that only reads tables starts without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Dims = Sequence[tuple[int, int, int]]
 """(count, source step, target step) in elements, as in Copy.dims."""
@@ -18,6 +20,8 @@ Dims = Sequence[tuple[int, int, int]]
 
 def view(buffer: Any, offset: int, counts: Sequence[int], steps: Sequence[int], item: int) -> np.ndarray[Any, Any]:
     """Elements of `item` bytes in a byte buffer; offset and steps in elements. numpy checks the bounds."""
+    import numpy as np
+
     strides = [step * item for step in steps]
     return np.ndarray(tuple(counts), f"u{item}", buffer=buffer, offset=offset * item, strides=strides)
 

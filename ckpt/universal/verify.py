@@ -10,9 +10,10 @@ file is the one that was written.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,11 +182,15 @@ class _Pass:
             self._add(path, 0, 0, None, "structure", "the header and the manifest disagree")
 
     def _payload(self, files: Files, path: str, held: list[tuple[TensorState, Slab]], pool: ThreadPoolExecutor) -> None:
-        def compare(index: int, chunk: int, offset: int, nbytes: int, found: str) -> None:
+        def compare(index: int, first: int, edges: Sequence[int], found: list[str]) -> None:
             tensor, slab = held[index]
-            if found != slab.digests[chunk]:
-                with self._lock:
-                    self._add(path, offset, offset + nbytes, tensor, "digest", "a digest differs")
+            expected = slab.digests[first : first + len(found)]
+            if tuple(found) == expected:
+                return
+            for (low, high), one, other in zip(itertools.pairwise(edges), found, expected, strict=True):
+                if one != other:
+                    with self._lock:
+                        self._add(path, low, high, tensor, "digest", "a digest differs")
 
         def advance(nbytes: int) -> None:
             with self._lock:

@@ -15,12 +15,9 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-
-from .errors import UsageError
-from .geometry import region_tiles
+from .geometry import region_size
 from .model import ITEM_BYTES, Checkpoint, Region, TensorState
-from .read import BLOCK_BYTES, Reader
+from .read import BLOCK_BYTES, Reader, buffer
 
 
 class View(Reader):
@@ -45,17 +42,13 @@ class View(Reader):
         tensor = self.checkpoint.tensor(name, state)
         if dtype and dtype != tensor.dtype:
             return self._converted(tensor, region, out, dtype)
-        _, size = region_tiles(region, tensor.shape, f"{name}:{state}")
+        size = region_size(region, tensor.shape, f"{name}:{state}")
         nbytes = size * ITEM_BYTES[tensor.dtype]
-        out = np.empty(nbytes, np.uint8) if out is None else out
-        view = memoryview(out)
-        if view.nbytes != nbytes or view.readonly or not view.c_contiguous:
-            raise UsageError("not a writable buffer of the right size", name=name, bytes=view.nbytes, expected=nbytes)
+        view = buffer(out, nbytes, tensor)
         with self._count:
             self.bytes_wanted += nbytes
         if not size:
-            return memoryview(bytearray())
-        view = view.cast("B")
+            return view
         self.fill(tensor, (0, tensor.elements) if region is None or region == () else region, view)
         return view
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from .assembled import Assembled
 from .chunks import Buffer, Codec, digest
 from .disk import Disk, explained
 from .errors import UsageError
@@ -58,7 +59,7 @@ class Writer:
         self.target: Final = Path(os.path.abspath(target))
         self.options: Final = options or WriteOptions()
         self._disk: Final = disk or Disk()
-        self._stage: Stage | None = None
+        self._stage: Stage | Assembled | None = None
         self._renamed = False
         self._extra: dict[str, FileFacts] = {}
         self._opaque: dict[str, Span] = {}
@@ -67,7 +68,7 @@ class Writer:
 
     @property
     def stage(self) -> Stage:
-        if self._stage is None:
+        if not isinstance(self._stage, Stage):
             raise UsageError("a writer before begin() or after its end", target=str(self.target))
         return self._stage
 
@@ -82,6 +83,12 @@ class Writer:
             raise UsageError("begin() twice", target=str(self.target))
         self._refuse_existing()
         self._stage = Stage(self.target, list(states), self.options, self._disk)
+
+    def take_over(self, filled: Assembled) -> None:
+        """Instead of begin() and put(): the files are there, written by others."""
+        assert self._stage is None
+        self._refuse_existing()
+        self._stage = filled
 
     def put(self, name: str, state: str, data: Buffer, region: Region | None = None) -> None:
         """Write the elements of `region` (a box, a flat range, or None for all), row-major in `data`.
@@ -108,7 +115,7 @@ class Writer:
         The rename is the commit point: a crash at any line leaves the whole checkpoint or none of it.
         """
         details = details or Details()
-        stage, disk = self.stage, self._disk
+        stage, disk = self._filled(), self._disk
         states, facts = stage.finished()
         for topic, value in details.metadata.items():
             if not TOPIC.match(topic):
@@ -132,7 +139,7 @@ class Writer:
         validate(checkpoint)
         manifest = encode(checkpoint, parents=details.parents)
         with explained(self.target, "committing a checkpoint"):
-            self._sync_folders()
+            self._sync({**facts, **self._extra})
             disk.write_file(stage.folder / MANIFEST, manifest, sync=self.options.fsync)
             disk.write_file(stage.folder / COMMIT, commit_bytes(manifest), sync=self.options.fsync)
             if self.options.fsync:
@@ -153,18 +160,25 @@ class Writer:
             raise UsageError("the target is there already: choose another name, or remove it", target=str(self.target))
 
     def _write(self, path: str, data: bytes) -> None:
-        full = self.stage.folder / path
+        stage = self._filled()
+        full = stage.folder / path
         with explained(full, "writing a checkpoint"):
             for folder in reversed(Path(path).parents[:-1]):
-                self._disk.mkdir(self.stage.folder / folder)
-            self._disk.write_file(full, data, sync=self.options.fsync)
+                self._disk.mkdir(stage.folder / folder)
+            self._disk.write_file(full, data, sync=False)  # commit() makes all of them durable
         self._extra[path] = FileFacts(len(data), digest(data))
 
-    def _sync_folders(self) -> None:
+    def _sync(self, files: Iterable[str]) -> None:
+        """The payload is durable already: its stage, or its hosts, saw to that."""
         if self.options.fsync:
-            paths = [Path(file.path) for file in self.stage.layout.files] + [Path(path) for path in self._extra]
-            for folder in sorted({folder for path in paths for folder in path.parents}, reverse=True):
-                self._disk.fsync_directory(self.stage.folder / folder)
+            folder = self._filled().folder
+            for path in self._extra:
+                self._disk.fsync_file(folder / path)
+            for inner in sorted({inner for path in files for inner in Path(path).parents}, reverse=True):
+                self._disk.fsync_directory(folder / inner)
+
+    def _filled(self) -> Stage | Assembled:
+        return self._stage if isinstance(self._stage, Assembled) else self.stage
 
     def abort(self, *, keep: bool = False) -> None:
         """End without a checkpoint; `keep` what was written, to be taken up with `resume`."""

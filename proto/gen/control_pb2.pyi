@@ -251,21 +251,47 @@ class Stop(_message.Message):
     def __init__(self, exit_code: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class AgentMessage(_message.Message):
-    __slots__ = ("hello", "started", "exited", "beat", "failed")
+    __slots__ = ("hello", "started", "exited", "beat", "failed", "promised", "learnt")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     EXITED_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    PROMISED_FIELD_NUMBER: _ClassVar[int]
+    LEARNT_FIELD_NUMBER: _ClassVar[int]
     hello: AgentHello
     started: RankStarted
     exited: RankExited
     beat: Beat
     failed: AgentFailed
-    def __init__(self, hello: _Optional[_Union[AgentHello, _Mapping]] = ..., started: _Optional[_Union[RankStarted, _Mapping]] = ..., exited: _Optional[_Union[RankExited, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., failed: _Optional[_Union[AgentFailed, _Mapping]] = ...) -> None: ...
+    promised: Promised
+    learnt: Learnt
+    def __init__(self, hello: _Optional[_Union[AgentHello, _Mapping]] = ..., started: _Optional[_Union[RankStarted, _Mapping]] = ..., exited: _Optional[_Union[RankExited, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., failed: _Optional[_Union[AgentFailed, _Mapping]] = ..., promised: _Optional[_Union[Promised, _Mapping]] = ..., learnt: _Optional[_Union[Learnt, _Mapping]] = ...) -> None: ...
+
+class Term(_message.Message):
+    __slots__ = ("number", "leader")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LEADER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    leader: str
+    def __init__(self, number: _Optional[int] = ..., leader: _Optional[str] = ...) -> None: ...
+
+class Promised(_message.Message):
+    __slots__ = ("term",)
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    term: Term
+    def __init__(self, term: _Optional[_Union[Term, _Mapping]] = ...) -> None: ...
+
+class Learnt(_message.Message):
+    __slots__ = ("term", "number")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    term: Term
+    number: int
+    def __init__(self, term: _Optional[_Union[Term, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("host", "ranks", "world_size", "index", "address", "door", "coordinator", "protector", "capacity", "domain", "roster")
+    __slots__ = ("host", "ranks", "world_size", "index", "address", "door", "coordinator", "protector", "capacity", "domain", "roster", "promised")
     HOST_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +303,7 @@ class AgentHello(_message.Message):
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
+    PROMISED_FIELD_NUMBER: _ClassVar[int]
     host: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankStarted]
     world_size: int
@@ -288,7 +315,8 @@ class AgentHello(_message.Message):
     capacity: int
     domain: str
     roster: str
-    def __init__(self, host: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStarted, _Mapping]]] = ..., world_size: _Optional[int] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., door: _Optional[str] = ..., coordinator: _Optional[str] = ..., protector: _Optional[str] = ..., capacity: _Optional[int] = ..., domain: _Optional[str] = ..., roster: _Optional[str] = ...) -> None: ...
+    promised: Term
+    def __init__(self, host: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStarted, _Mapping]]] = ..., world_size: _Optional[int] = ..., index: _Optional[int] = ..., address: _Optional[str] = ..., door: _Optional[str] = ..., coordinator: _Optional[str] = ..., protector: _Optional[str] = ..., capacity: _Optional[int] = ..., domain: _Optional[str] = ..., roster: _Optional[str] = ..., promised: _Optional[_Union[Term, _Mapping]] = ...) -> None: ...
 
 class Beat(_message.Message):
     __slots__ = ()
@@ -335,7 +363,7 @@ class RankExited(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., reason: _Optional[str] = ..., detected_ns: _Optional[int] = ..., last_progress_ns: _Optional[int] = ..., step: _Optional[int] = ..., finished: _Optional[bool] = ..., phase: _Optional[str] = ...) -> None: ...
 
 class AgentOrder(_message.Message):
-    __slots__ = ("kill", "inject", "stop", "recovered", "welcome", "roster", "adopt", "beat", "done", "topology")
+    __slots__ = ("kill", "inject", "stop", "recovered", "welcome", "roster", "adopt", "beat", "done", "topology", "promise")
     KILL_FIELD_NUMBER: _ClassVar[int]
     INJECT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +374,7 @@ class AgentOrder(_message.Message):
     BEAT_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    PROMISE_FIELD_NUMBER: _ClassVar[int]
     kill: KillRank
     inject: InjectOrder
     stop: StopJob
@@ -356,15 +385,24 @@ class AgentOrder(_message.Message):
     beat: Beat
     done: JobDone
     topology: Topology
-    def __init__(self, kill: _Optional[_Union[KillRank, _Mapping]] = ..., inject: _Optional[_Union[InjectOrder, _Mapping]] = ..., stop: _Optional[_Union[StopJob, _Mapping]] = ..., recovered: _Optional[_Union[Recovered, _Mapping]] = ..., welcome: _Optional[_Union[AgentWelcome, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., done: _Optional[_Union[JobDone, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ...) -> None: ...
+    promise: Promise
+    def __init__(self, kill: _Optional[_Union[KillRank, _Mapping]] = ..., inject: _Optional[_Union[InjectOrder, _Mapping]] = ..., stop: _Optional[_Union[StopJob, _Mapping]] = ..., recovered: _Optional[_Union[Recovered, _Mapping]] = ..., welcome: _Optional[_Union[AgentWelcome, _Mapping]] = ..., roster: _Optional[_Union[Roster, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., done: _Optional[_Union[JobDone, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., promise: _Optional[_Union[Promise, _Mapping]] = ...) -> None: ...
+
+class Promise(_message.Message):
+    __slots__ = ("term",)
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    term: Term
+    def __init__(self, term: _Optional[_Union[Term, _Mapping]] = ...) -> None: ...
 
 class AgentWelcome(_message.Message):
-    __slots__ = ("index", "fenced")
+    __slots__ = ("index", "fenced", "term")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     FENCED_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     index: int
     fenced: bool
-    def __init__(self, index: _Optional[int] = ..., fenced: _Optional[bool] = ...) -> None: ...
+    term: Term
+    def __init__(self, index: _Optional[int] = ..., fenced: _Optional[bool] = ..., term: _Optional[_Union[Term, _Mapping]] = ...) -> None: ...
 
 class Roster(_message.Message):
     __slots__ = ("json",)

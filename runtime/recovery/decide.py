@@ -6,7 +6,7 @@
 Presumed commit: step s counts when every piece of the state after s exists somewhere, so s can be resumed
 from when for each *replica set* (ranks that host the same units)
 
-    some member is live at s     (the others copy it, or their own snapshot), or
+    some member is live at s     (the others copy it, unless they form no group; or their own snapshot), or
     every owner's snapshot of s is whole on some host (state replicated over n ranks is snapshotted 1/n by each),
     or can be rebuilt there from the parity that other hosts hold,
     or is in a checkpoint on disk that all its members can read.
@@ -93,22 +93,26 @@ def held_everywhere(reports: Sequence[Report], reachable: Reachable) -> dict[int
     return held
 
 
-def ranks_without_source(reports: Sequence[Report], step: int, reachable: Reachable) -> tuple[int, ...]:
-    """Ranks that could not get the state after `step` from anywhere."""
+def ranks_without_source(
+    reports: Sequence[Report], step: int, reachable: Reachable, *, solo: bool = False
+) -> tuple[int, ...]:
+    """Ranks that could not get the state after `step` from anywhere. `solo`: no group, so no replica's memory."""
     held = held_everywhere(reports, reachable)
     live = {report.rank for report in reports if report.live_step == step}
     return tuple(
         sorted(
             report.rank
             for report in reports
-            if not live & set(report.peers)
+            if not live & ({report.rank} if solo else set(report.peers))
             and not all(step in held.get(peer, frozenset()) for peer in report.peers)
             and step not in report.disk
         )
     )
 
 
-def choose_sources(reports: Sequence[Report], step: int, reachable: Reachable) -> dict[int, Source]:
+def choose_sources(
+    reports: Sequence[Report], step: int, reachable: Reachable, *, solo: bool = False
+) -> dict[int, Source]:
     """Cheapest source of the state after `step` for each rank that has one: own memory, a snapshot on its own
     host, a live replica, a rebuild from other hosts, a checkpoint.
 
@@ -124,7 +128,7 @@ def choose_sources(reports: Sequence[Report], step: int, reachable: Reachable) -
             sources[report.rank] = Source("live")
         elif all(step in report.held.get(peer, frozenset()) for peer in report.peers):
             sources[report.rank] = Source("snapshot")
-        elif peers:
+        elif peers and not solo:
             sources[report.rank] = Source("peer", peers[turn % len(peers)])
         elif all(step in held.get(peer, frozenset()) for peer in report.peers):
             sources[report.rank] = Source("parity")
@@ -133,8 +137,10 @@ def choose_sources(reports: Sequence[Report], step: int, reachable: Reachable) -
     return sources
 
 
-def decide_resume(reports: Sequence[Report], reachable: Reachable | None = None) -> Resume | Impossible:
-    """Newest step that every rank can reach exactly, or why there is none."""
+def decide_resume(
+    reports: Sequence[Report], reachable: Reachable | None = None, *, solo: bool = False
+) -> Resume | Impossible:
+    """Newest step that every rank can reach exactly, or why there is none. `solo`: each restores by itself."""
     reachable = reachable or {}
     steps = {report.live_step for report in reports} - {NO_STEP}
     steps |= {step for kept in held_everywhere(reports, reachable).values() for step in kept}
@@ -142,7 +148,7 @@ def decide_resume(reports: Sequence[Report], reachable: Reachable | None = None)
     if not steps:
         return Resume(0, fresh=True)
     for step in sorted(steps, reverse=True):
-        if not ranks_without_source(reports, step, reachable):
-            return Resume(step, sources=choose_sources(reports, step, reachable))
+        if not ranks_without_source(reports, step, reachable, solo=solo):
+            return Resume(step, sources=choose_sources(reports, step, reachable, solo=solo))
     newest = max(steps)
-    return Impossible(newest, ranks_without_source(reports, newest, reachable))
+    return Impossible(newest, ranks_without_source(reports, newest, reachable, solo=solo))

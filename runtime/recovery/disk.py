@@ -163,12 +163,15 @@ class Checkpoints:
         for name in engine.state.names():
             for state in states.get(checkpoint.aliases.get(name, name), ()):
                 wanted.setdefault((name, state), checkpoint.tensor(name, state))
-        tensors = {key: torch.empty(found.shape, dtype=TORCH[found.dtype]) for key, found in wanted.items()}
+        tensors: dict[tuple[str, str], torch.Tensor] = {}
         batch: list[Any] = []
         size = 0
         for key, found in wanted.items():
-            batch.append((found.name, found.state, None, bytes_of(tensors[key])))
-            size += found.nbytes
+            region = engine.state.region(*key)  # with ZeRO-1: moments of the own parts only
+            shape = found.shape if region is None else (region[1] - region[0],)
+            tensors[key] = torch.empty(shape, dtype=TORCH[found.dtype])
+            batch.append((found.name, found.state, region, bytes_of(tensors[key])))
+            size += tensors[key].nbytes
             if size >= _BATCH_BYTES:
                 self._take(reader, batch)
                 batch, size = [], 0

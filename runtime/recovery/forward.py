@@ -61,10 +61,9 @@ class Forward:
         """Whether this job may go on without a snapshot of its last step."""
         return self.mode != "exact"
 
-    def cut_off(self, step: int, gradients: Gradients | None, after: Undo) -> None:
-        """The step broke off; with final gradients it may yet be committed."""
-        if gradients is not None:
-            self.pending = Pending(step, gradients, after)
+    def cut_off(self, step: int, gradients: Gradients, after: Undo) -> None:
+        """The step broke off with final gradients: it may yet be committed."""
+        self.pending = Pending(step, gradients, after)
 
     @property
     def ready_step(self) -> int:

@@ -47,12 +47,14 @@ INEXACT: Final = ("stale", "neighbours")
 """Rungs after which a run is no longer what an unbroken one would be."""
 
 
-def decide(mode: str, reports: Sequence[Report], reachable: Reachable | None = None) -> Resume | Impossible:
-    """The step that a generation goes on from, and each rank's source."""
+def decide(
+    mode: str, reports: Sequence[Report], reachable: Reachable | None = None, *, solo: bool = False
+) -> Resume | Impossible:
+    """The step that a generation goes on from, and each rank's source. `solo`: each restores by itself, exactly."""
     reachable = reachable or {}
     newest = max((report.live_step for report in reports), default=int(NO_STEP))
-    if mode == "exact" or newest == NO_STEP:
-        return decide_resume(reports, reachable)
+    if mode == "exact" or newest == NO_STEP or solo:
+        return decide_resume(reports, reachable, solo=solo)
     step = _present(reports, newest)
     present = [_at(report, step) for report in reports]
     if mode == "auto":

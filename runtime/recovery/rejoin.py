@@ -67,6 +67,7 @@ def identity_from_environment() -> Identity:
         saver=get(env.SAVER, ""),
         checkpoints=get(env.CHECKPOINTS, ""),
         resume=get(env.RESUME, ""),
+        zero=get(env.ZERO, ""),
         recovery=_mode(get(env.RECOVERY, "exact")),
         snapshot_every=int(get(env.SNAPSHOT_EVERY, "0")),
     )

@@ -36,14 +36,22 @@ class Ended:
         return [line for line in self.err.splitlines() if "holdfast: error:" in line]
 
     def state(self) -> dict[str, Any]:
-        """Final state by name; what several ranks hold must be equal."""
+        """Final state by name; what several ranks hold must be equal, what each holds a part of is put together."""
         import torch
         from safetensors.torch import load_file
 
         whole: dict[str, Any] = {}
+        parts: dict[str, list[tuple[int, Any]]] = {}
         for path in sorted((self.folder / "out").glob("*.safetensors")):
             for name, tensor in load_file(path).items():
-                assert torch.equal(whole.setdefault(name, tensor), tensor), f"replicas differ in {name}"
+                base, _, region = name.partition("[")
+                if region:
+                    parts.setdefault(base, []).append((int(region.partition(":")[0]), tensor))
+                else:
+                    assert torch.equal(whole.setdefault(name, tensor), tensor), f"replicas differ in {name}"
+        for name, found in parts.items():
+            shape = whole[name.partition("@")[0]].shape
+            whole[name] = torch.cat([tensor for _, tensor in sorted(found, key=lambda part: part[0])]).view(shape)
         return whole
 
     def state_by_rank(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ JOB = "job"
 DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "uint8": "U8"}
 Array = np.ndarray[Any, Any]
 Tensors = Mapping[tuple[str, str], Array]
+Parts = Mapping[tuple[str, str], tuple[tuple[int, ...], int]]
 
 
 def origin(**changed: Any) -> dict[str, Any]:
@@ -52,8 +53,8 @@ class Shelf:
         self.accused: list[tuple[int, int, int]] = []
         self._held: dict[tuple[int, int], MappedHalf] = {}
 
-    def fill(self, slot: int, half: int, step: int, tensors: Tensors, **meta: Any) -> None:
-        """As a rank and its manager would: begun, copied, sealed."""
+    def fill(self, slot: int, half: int, step: int, tensors: Tensors, parts: Parts | None = None, **meta: Any) -> None:
+        """As a rank and its manager would: begun, copied, sealed. `parts`: shape, first element of what is one."""
         generators = np.arange(4, dtype=np.uint8) + slot
         value = {
             "step": step,
@@ -67,10 +68,10 @@ class Shelf:
         }
         encoded, extra = blob.encode(value, is_tensor=lambda one: isinstance(one, np.ndarray))
         listed = [*tensors.items(), *(((path, "extra"), array) for path, array in extra)]
-        entries = [
-            ArenaEntry(name, state, DTYPES[array.dtype.name], array.shape, 0, array.size)
-            for (name, state), array in listed
-        ]
+        entries = []
+        for (name, state), array in listed:
+            shape, start = (parts or {}).get((name, state), (array.shape, 0))
+            entries.append(ArenaEntry(name, state, DTYPES[array.dtype.name], shape, start, start + array.size))
         mapped = self._held.get((slot, half))
         if mapped is None:
             mapped = MappedHalf(create(arena_bytes(entries, encoded) + (1 << 16)), JOB, slot=slot, index=half)

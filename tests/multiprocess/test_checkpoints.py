@@ -49,6 +49,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return Saved(alone, folder / "checkpoints")
 
 
+@pytest.fixture(scope="module")
+def sharded(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """DP=2 x PP=2 with ZeRO-1, in which ranks die where moments are lost, and where weights are of two steps."""
+    folder = tmp_path_factory.mktemp("sharded")
+    faults = ["rank=1,step=4,at=backward:1,kind=kill", "rank=3,step=12,at=applied,kind=kill"]
+    faults += ["rank=2,step=22,at=gather,kind=kill"]
+    options = ("--zero", "1", "--checkpoint-dir", str(folder / "checkpoints"), "--checkpoint-every", "10")
+    grid = ("--stages", "2", "--replicas", "2", "--step-seconds", "0.05", "--out", str(folder / "run/out"))
+    run = job(folder / "run", 4, SAVEJOB, *grid, faults=faults, options=options)
+    assert_same(run, saved.unbroken, since=0)
+    return Saved(run, folder / "checkpoints")
+
+
 def assert_same(run: Ended, unbroken: Ended, *, since: int) -> None:
     """The steps after `since` gave the same figures, and all ended with the same bits."""
     assert run.code == 0, run.err
@@ -84,25 +97,52 @@ def test_training_leaves_whole_checkpoints_and_says_so(saved: Saved) -> None:
     assert set(manifest["steps"].values()) == {10}
 
 
+def test_ranks_that_die_with_their_part_of_the_optimizers_state_change_no_bit(sharded: Saved) -> None:
+    """What is equal is checked by the fixture; this, that something was sharded and that ranks were replaced."""
+    run = sharded.unbroken
+    assert run.started() == {0: 1, 1: 2, 2: 2, 3: 2}
+    resumed = [event["resume_step"] for event in run.events if event["event"] == "formed" and event["generation"] > 1]
+    assert resumed[0] in (2, 3)
+    assert resumed[1:] == [11, 21], "no rank went on from weights of two steps"
+    kept = {name.rpartition("/")[2] for name in run.state_by_rank() if "0.embed.weight@exp_avg[" in name}
+    assert kept == {
+        "rank-0.safetensors 0.embed.weight@exp_avg[0:256]",
+        "rank-2.safetensors 0.embed.weight@exp_avg[256:512]",
+    }
+    assert committed(sharded.folder) == ["step-00000010", "step-00000020", "step-00000030"]
+    assert all(verified(sharded.folder / name) for name in committed(sharded.folder))
+    manifest = json.loads(Path(sharded.at(30), "MANIFEST.json").read_bytes())
+    assert manifest["aliases"] == {"7.weight": "0.embed.weight"}, "tied parameters are so, whoever has which part"
+
+
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("ranks", "layout", "zero"),
     [
-        (1, ()),
-        (2, ()),
-        (3, ("--split", "1,5,2")),
-        (2, ("--interleave", "2")),
-        (4, ("--stages", "2", "--replicas", "2")),
+        (1, (), "0"),
+        (2, (), "0"),
+        (3, ("--split", "1,5,2"), "0"),
+        (2, ("--interleave", "2"), "0"),
+        (4, ("--stages", "2", "--replicas", "2"), "0"),
+        (4, ("--stages", "2", "--replicas", "2"), "1"),
     ],
-    ids=["PP=1", "PP=2", "PP=3 uneven", "PP=2 interleaved", "DP=2 x PP=2"],
+    ids=["PP=1", "PP=2", "PP=3 uneven", "PP=2 interleaved", "DP=2 x PP=2", "DP=2 x PP=2 ZeRO-1"],
 )
 def test_a_checkpoint_of_four_stages_goes_on_in_any_layout_with_the_bits_of_the_unbroken_run(
-    ranks: int, layout: tuple[str, ...], saved: Saved, tmp_path: Path
+    ranks: int, layout: tuple[str, ...], zero: str, saved: Saved, tmp_path: Path
 ) -> None:
-    options = ("--resume", saved.at(10))
+    options = ("--resume", saved.at(10), "--zero", zero)
     run = job(tmp_path, ranks, SAVEJOB, *layout, "--out", str(tmp_path / "out"), options=options)
     assert_same(run, saved.unbroken, since=10)
     (formed,) = [event for event in run.events if event["event"] == "formed"]
     assert (formed["resume_step"], formed["fresh"]) == (10, False)
+
+
+def test_a_checkpoint_of_a_sharded_optimizer_goes_on_in_another_layout_without(
+    sharded: Saved, saved: Saved, tmp_path: Path
+) -> None:
+    options = ("--resume", sharded.at(10))
+    run = job(tmp_path, 3, SAVEJOB, "--split", "1,5,2", "--out", str(tmp_path / "out"), options=options)
+    assert_same(run, saved.unbroken, since=10)
 
 
 def test_a_run_that_was_resumed_survives_failures_and_goes_on_saving(saved: Saved, tmp_path: Path) -> None:

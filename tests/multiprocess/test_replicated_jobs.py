@@ -51,9 +51,11 @@ def run() -> Iterator[Any]:
     """Starts a job and waits until its parity is complete; ends whatever is left of it."""
     opened: list[tuple[Hosts, HostJob]] = []
 
-    def begin(code: str, size: int, *arguments: str, nproc: int = 1, protected: bool = True) -> HostJob:
+    def begin(
+        code: str, size: int, *arguments: str, nproc: int = 1, protected: bool = True, more: tuple[str, ...] = ()
+    ) -> HostJob:
         hosts = Hosts(size).__enter__()
-        options = options_of(code, "spread")
+        options = [*options_of(code, "spread"), *more]
         steps = ["--steps", str(STEPS), "--step-seconds", "0.2", "--width", str(WIDTH)]
         job = start_job(hosts, SCRIPT, [*steps, *arguments], options=options, nproc=nproc)
         opened.append((hosts, job))
@@ -93,6 +95,21 @@ def test_replicated_state_is_protected_without_the_network_and_survives_a_host(
     assert compare(ended, unbroken) == []
     assert count(job, "recovery") == 1
     assert count(job, "replica_mismatch") == 0
+
+
+def test_moments_that_only_a_lost_host_had_are_decoded_from_parity(run: Any, unbroken: Any) -> None:
+    """With ZeRO-1 no replica has them: parity is made of what the owners hold, and crosses the network."""
+    job = run("1+1", 2, "--replicas", "2", "--stages", "1", more=("--zero", "1"))
+    for one in [status_of(host)["counters"] for host in job.hosts]:
+        assert one["encoded_bytes"] > 0, one
+        assert one["delivered_rows"] == one["replica_mismatches"] == 0, one
+    job.hosts[1].kill()
+    ended = job.wait(END_S, only={0})
+    assert ended.code == 0, ended.err
+    assert compare(ended, unbroken) == []
+    assert any("@exp_avg[" in name for name in ended.state_by_rank()), "nothing was sharded"
+    (recovery,) = [event for event in job.events() if event["event"] == "recovery"]
+    assert "parity" in recovery["sources"], recovery
 
 
 def test_a_replica_that_goes_wrong_is_told_to_the_operator_and_what_it_trains_is_not_protected(run: Any) -> None:

@@ -296,6 +296,33 @@ def test_a_copy_that_the_manager_does_not_hold_is_refused(smp: Smp) -> None:
             client.open(9, 0)
 
 
+def test_a_rebuilt_half_is_sealed_with_the_digest_that_it_had_and_only_on_a_protectors_word(smp: Smp) -> None:
+    with smp.client() as client, smp.client("protector") as protector, client.arena(0, 0, NBYTES) as mapped:
+        write(mapped, 4)
+        judged = mapped.half.judge()
+        assert judged is not None
+        assert isinstance(judged[1], bytes)
+        with pytest.raises(SnapshotIncomplete, match="another step"):
+            protector.rebuilt(0, 0, 5, judged[1])
+        protector.rebuilt(0, 0, 4, judged[1])
+        assert states(client) == {(0, 0): ("SEALED", 4)}
+        check(client, 0, 0, 4)
+        mapped.half.begin(5, PLAN, 0, ENTRIES, META)
+        with pytest.raises(SnapshotIncomplete, match="FILLING"):
+            protector.rebuilt(0, 0, 5, judged[1])
+        write(mapped, 5)
+        protector.rebuilt(0, 0, 5, judged[1])  # of other bytes: whoever reads finds it
+        with client.open(0, 0) as opened, pytest.raises(SnapshotCorrupt, match="not what was sealed"):
+            opened.half.verify()
+        write(mapped, 6)
+        with pytest.raises(PeerLost):
+            protector.rebuilt(0, 0, 6, b"short")
+        with pytest.raises(PeerLost):
+            smp.client().rebuilt(0, 0, 6, judged[1])
+        assert states(client) == {(0, 0): ("COPIED", 6)}
+        assert client.stats()["violations"] == 2
+
+
 def test_a_bigger_arena_replaces_a_smaller_one_and_readers_keep_what_they_opened(smp: Smp) -> None:
     with smp.client() as client:
         store(client, 0, 0, 4).close()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from holdfast.ckpt.universal import geometry
 from holdfast.ckpt.universal.errors import CheckpointError
 from holdfast.ckpt.universal.geometry import boxes_of_flat, check_cover, copies, region_tiles, slab_tiles, volume
 from holdfast.ckpt.universal.model import Checkpoint, Slab, Span, TensorState, validate
@@ -170,6 +171,30 @@ def test_a_cover_is_accepted_and_one_box_less_or_twice_is_not(draw: st.DataObjec
 
 @COMMON
 @given(st.data())
+def test_slab_and_region_share_what_numpy_says_both_ways(draw: st.DataObject) -> None:
+    shape = draw.draw(shapes())
+    array = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint16).reshape(shape)
+    one, other = draw.draw(regions(shape)), draw.draw(regions(shape))
+    flat = one is not None and len(one) == 2 and isinstance(one[0], int)  # type: ignore[arg-type,index]
+    held = taken(array, one)
+    box = None if flat else tuple((0, n) for n in shape) if one is None else one
+    slab = Slab(Span("f", 0, len(held)), "BF16", box=box, flat=one if flat else None)  # type: ignore[arg-type]
+    inside = np.isin(np.frombuffer(taken(array, other), np.uint16), np.frombuffer(held, np.uint16))
+    out = np.zeros(len(inside), np.uint16)
+    for copy in geometry.taken(slab, other, shape):  # type: ignore[arg-type]
+        strided_copy(held, copy.source, out.data.cast("B"), copy.target, copy.dims, 2)
+    assert (out == np.where(inside, np.frombuffer(taken(array, other), np.uint16), 0)).all()
+    back = np.zeros(len(held) // 2, np.uint16)
+    for copy in geometry.given(other, slab, shape):  # type: ignore[arg-type]
+        strided_copy(taken(array, other), copy.source, back.data.cast("B"), copy.target, copy.dims, 2)
+    inside = np.isin(np.frombuffer(held, np.uint16), np.frombuffer(taken(array, other), np.uint16))
+    assert (back == np.where(inside, np.frombuffer(held, np.uint16), 0)).all()
+    if flat and other is None:
+        assert len(geometry.taken(slab, other, shape)) <= 1, "what lies side by side is one run"
+
+
+@COMMON
+@given(st.data())
 def test_a_copy_clipped_at_any_cuts_is_the_copy(draw: st.DataObject) -> None:
     shape = draw.draw(shapes(least=1))
     array = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint16).reshape(shape)
@@ -189,6 +214,17 @@ def test_a_copy_clipped_at_any_cuts_is_the_copy(draw: st.DataObject) -> None:
     read = needed(found, 2, 0)
     assert all(low < high for low, high in read)
     assert sum(high - low for low, high in read) == size * 2, "without a gap exactly the wanted bytes are read"
+
+
+def test_a_box_is_a_flat_range_exactly_if_its_elements_follow_one_another() -> None:
+    for shape in [(3, 4, 2), (2, 1, 3), (5,), (1, 3)]:
+        array = np.arange(np.prod(shape)).reshape(shape)
+        sides = [[(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in shape]
+        for box in itertools.product(*sides):
+            inside = array[tuple(slice(*pair) for pair in box)].reshape(-1)
+            follow = bool((np.diff(inside) == 1).all())
+            expected = (int(inside[0]), int(inside[-1]) + 1) if follow else None
+            assert geometry.flat_of(box, shape) == expected, (shape, box)
 
 
 def test_every_box_of_a_small_tensor_clipped_at_every_cut_is_exactly_its_part() -> None:

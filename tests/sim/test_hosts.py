@@ -10,6 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from simhosts import agent as agent_module
-from simhosts import coordinator as coordinator_module
 from simhosts import machine as machine_module
 from simhosts import rank as rank_module
-from simhosts.agent import TESTIFIES
 from simhosts.network import MS, S
 from simhosts.scenario import Fault, Scenario
 from simhosts.world import World
 
+from holdfast.launcher import council as council_module
 from holdfast.launcher import job as job_module
-from holdfast.launcher.hosts import has_quorum
+from holdfast.launcher.council import Council, councils
+from holdfast.launcher.hosts import HostBook, has_quorum
 from holdfast.proto.ids import NO_STEP
 from holdfast.runtime.gather import Kept, newest_common
 
@@ -108,7 +108,7 @@ def simulate(seed: int, befalls: Callable[[int], Scenario] = anything) -> World:
     return world
 
 
-SEEDS = [int(os.environ["SIM_SEED"])] if "SIM_SEED" in os.environ else range(600)
+SEEDS = [int(os.environ["SIM_SEED"])] if "SIM_SEED" in os.environ else range(500)
 
 
 def test_seeds_end_at_the_last_step_or_in_one_line_that_had_to_be() -> None:
@@ -125,13 +125,14 @@ def test_seeds_end_at_the_last_step_or_in_one_line_that_had_to_be() -> None:
             assert "\n" not in world.stopped.reason
     if len(SEEDS) > 1:
         assert ends["done"] > len(SEEDS) // 2, ends
+        assert ends["no majority is left"] < len(SEEDS) // 6, f"whoever may decide is too few: {ends}"
         for what in ("stopped", "takeovers", "stepped down", "fenced themselves", "rebuilt", "formed again"):
             assert ends[what] > len(SEEDS) // 20, f"too little happened: {ends}"
 
 
 def test_losses_within_what_status_promises_are_always_survived() -> None:
     rebuilt = 0
-    for seed in SEEDS if len(SEEDS) == 1 else range(300):
+    for seed in SEEDS if len(SEEDS) == 1 else range(250):
         world = simulate(seed, promised)
         assert world.stopped is None, f"{world}: {world.stopped}"
         assert world.done, f"{world}: no end"
@@ -155,7 +156,6 @@ def test_a_minority_that_is_cut_off_gives_way_and_comes_back_as_a_spare() -> Non
         assert all(coordinator.machine.number != 0 for _, coordinator in world.forms[1:])
 
 
-@pytest.mark.xfail(strict=False, reason="SIM_SEED=0 waits for ever; found as the session ended, not looked into yet")
 def test_a_leaders_host_and_its_successors_host_may_be_lost_one_after_the_other() -> None:
     for seed in range(10):
         first = Fault("kill", 600 * MS, count=1, leader=True, safe=True)
@@ -172,6 +172,17 @@ def test_coordinators_that_die_while_a_generation_is_formed_leave_nobody_waiting
         assert world.done, f"{world}"
 
 
+def test_a_host_lost_in_the_middle_of_re_protection_is_made_up_for_by_what_is_left_of_the_old_parity() -> None:
+    struck = 0
+    for seed in range(24):
+        first = Fault("kill", 900 * MS, count=1, safe=True)
+        second = Fault("kill", seed % 4 * 10 * MS, on="re-encode", nth=1 + seed // 4 % 3)
+        world = play(first, second, seed=seed, hosts=4 + seed % 2, redundancy="rs:2+2")
+        assert world.done, f"{world}: {world.stopped}"
+        struck += len(world.fired) == 2
+    assert struck > 12
+
+
 def test_all_but_one_host_may_die_at_once_if_their_death_is_certain() -> None:
     for seed in range(10):
         world = play(Fault("kill", 900 * MS, hosts=(0, 1, 2), safe=True), seed=seed, hosts=4, redundancy="rs:1+3")
@@ -184,27 +195,47 @@ def test_the_last_host_to_lose_its_rank_after_training_finds_its_state_on_those_
         assert world.done, f"{world}"
 
 
-@pytest.mark.xfail(
-    not TESTIFIES,
-    strict=True,
-    reason="hosts that ended their ranks give up their number and with it their say: nobody can ever decide again",
-)
+def silent(seed: int) -> Scenario:
+    """Nobody hears anybody, for longer than a lease: every host ends its ranks."""
+    cuts = tuple(Fault("cut", 600 * MS, hosts=(number,), lasts_ns=20 * S) for number in range(3))
+    return Scenario(hosts=3, redundancy="xor", faults=cuts)
+
+
 def test_a_network_that_is_gone_for_longer_than_a_lease_ends_no_job() -> None:
-    cuts = [Fault("cut", 600 * MS, hosts=(number,), lasts_ns=20 * S) for number in range(3)]
-    world = play(*cuts, hosts=3, redundancy="xor")
-    assert world.done, f"{world}: every host is there, and every snapshot, but nobody leads"
+    for seed in range(10):
+        world = simulate(seed, silent)
+        assert world.done, f"{world}: every host is there, and every snapshot, but nobody leads"
+        assert world.self_fenced + world.stepped_down == 3
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a generation is formed before those who elected its coordinator know of it: both memberships have a quorum",
-)
-def test_two_sides_that_are_cut_apart_while_a_generation_is_formed_never_both_train() -> None:
+MOMENTS = [(ns * MS // 3, "propose", 2) for ns in range(8)] + [(0, "form", 2)] * 8 + [(0, "propose", 3)] * 4
+
+
+def apart(seed: int) -> Scenario:
     """Two hosts are dead, spares take their ranks; {0, 6, 7} is half of the new members, {1, 2, 3} most of the old."""
     dead = Fault("kill", 900 * MS, hosts=(4, 5))
-    cut = Fault("cut", 0, on="form", nth=2, hosts=(0, 6, 7))
-    for seed in range(12):
-        play(dead, cut, seed=seed, hosts=6, spares=2, redundancy="rs:1+5")
+    ns, on, nth = MOMENTS[seed % len(MOMENTS)]
+    cut = Fault("cut", ns, on=on, nth=nth, hosts=(0, 6, 7))
+    return Scenario(hosts=6, spares=2, redundancy="rs:1+5", until_ns=40 * S, faults=(dead, cut))
+
+
+def test_two_sides_that_are_cut_apart_while_a_generation_is_formed_never_both_train() -> None:
+    for seed in range(len(MOMENTS)):
+        simulate(seed, apart)
+
+
+def orphan(seed: int) -> Scenario:
+    """Host 2 is cut off, and comes back as those die who went on without it; a spare has the rank that it had."""
+    cut = Fault("cut", 600 * MS, hosts=(2,), lasts_ns=6_600 * MS)
+    dead = Fault("kill", (6_900 + 10 * seed) * MS, hosts=(0, 1))
+    return Scenario(hosts=3, spares=1, redundancy="rs:1+2", faults=(cut, dead))
+
+
+def test_a_host_that_was_cut_off_does_not_go_on_when_those_who_went_on_without_it_die() -> None:
+    """It has proof of the death of everybody that it knows, and is alone."""
+    for seed in range(24):
+        world = simulate(seed, orphan)
+        assert all(coordinator.machine.number != 2 or len(coordinator.agents) > 1 for _, coordinator in world.forms)
 
 
 # ---- the simulation finds what it is for --------------------------------------------------------------------------
@@ -240,6 +271,22 @@ def silence_is_death(voters: Any, heard: Any, dead: Any) -> bool:
     return has_quorum(voters, heard, set(voters.values()) - set(heard))
 
 
+def the_fenced_speak_for_the_dead(voters: Any, here: Any, former: Any, dead: Any) -> bool:
+    return has_quorum(voters, {*here, *former}, dead)
+
+
+def the_newest_alone(roster: Any) -> Any:
+    return councils(replace(roster, before=()))
+
+
+def by_number(roster: Any, asking: Any) -> Any:
+    return {one.told.index for one in asking}, set()
+
+
+def now_only(book: Any) -> Any:
+    return {index: host.protector for index, host in book.live().items()}
+
+
 def anybody(voters: Any, heard: Any, dead: Any) -> bool:
     return bool(heard)
 
@@ -249,7 +296,7 @@ def any_step_will_do(placement: Any, data: Any, parity: Any) -> Any:
 
 
 def who_leads(rule: Any) -> list[tuple[Any, str, Any]]:
-    return [(module, "has_quorum", rule) for module in (job_module, coordinator_module)]
+    return [(council_module, "has_quorum", rule)]
 
 
 MUTANTS: dict[str, tuple[Callable[[int], Scenario], list[tuple[Any, str, Any]]]] = {
@@ -259,7 +306,11 @@ MUTANTS: dict[str, tuple[Callable[[int], Scenario], list[tuple[Any, str, Any]]]]
     "who is silent counts as dead": (anything, who_leads(silence_is_death)),
     "whoever is there decides": (anything, who_leads(anybody)),
     "shards of any step will do": (anything, [(job_module, "decodable", any_step_will_do)]),
-    "agents do not wait for a standby to take over": (promised, [(agent_module, "STANDBY_S", 0.0)]),
+    "ranks act on what nobody has learnt": (apart, [(Council, "is_learnt", lambda *_: True)]),
+    "only the newest members are asked": (apart, [(council_module, "councils", the_newest_alone)]),
+    "who is cut off speaks for the dead": (orphan, [(council_module, "may_elect", the_fenced_speak_for_the_dead)]),
+    "who ended its ranks has no say": (silent, [(council_module, "_numbers", by_number)]),
+    "parity is asked for under new numbers": (silent, [(HostBook, "protectors", now_only)]),
 }
 
 

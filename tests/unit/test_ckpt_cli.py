@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -324,16 +325,24 @@ def test_zero3_and_back_keeps_masters_moments_steps_and_groups(capsys: Capture, 
             assert np.array_equal(theirs[key], array), key
 
 
-def test_a_strangers_zero3_of_8_ranks_goes_on_on_6_with_fsdp2_or_at_hugging_face(saved: Path) -> None:
-    theirs = saved.parent / "global_step7"
-    assert run("reshard", saved, theirs, "--to", "deepspeed:zero3,dp=8") == 0
-    assert run("reshard", theirs, saved.parent / "on6", "--to", "deepspeed:zero3,dp=6") == 0
-    assert run("reshard", theirs, saved.parent / "fsdp", "--to", "fsdp2:dp=4") == 0
-    assert run("export", theirs, saved.parent / "model") == 0
+def test_a_strangers_zero3_of_8_ranks_goes_on_by_the_three_commands_that_the_guide_prints(tmp_path: Path) -> None:
+    """Word for word, in a shell's words, in a folder that has DeepSpeed's files under the guide's name."""
+    guide = (Path(__file__).parents[2] / "docs" / "CHECKPOINTS.md").read_text()
+    section = guide.partition('## "I have a DeepSpeed ZeRO-3 checkpoint from 8 GPUs"\n')[2].partition("\n## ")[0]
+    commands = [line.strip() for line in section.splitlines() if line.startswith("    holdfast ckpt ")]
+    assert len(commands) == 3, commands
+    tensors = models.llama()
+    models.save(tmp_path / "a", tensors, models.details(tensors, 100, loss=2.5))
+    assert run("reshard", tmp_path / "a", tmp_path / "checkpoints", "--to", "deepspeed:zero3,dp=8") == 0
+    assert len(list((tmp_path / "checkpoints/global_step100").glob("*optim_states.pt"))) == 8
+    for command in commands:
+        words = [sys.executable, "-P", "-m", "holdfast.launcher.cli", *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, (command, done.stderr)
     from holdfast.ckpt.formats.registry import open_any
 
-    for name, states in (("on6", 3), ("fsdp", 3), ("model", 1)):
-        with Reader(open_any(saved.parent / name)) as reader:
+    for command, states in zip(commands, (3, 3, 1), strict=True):
+        with Reader(open_any(tmp_path / shlex.split(command)[4])) as reader:
             found = models.load(reader)
         assert len(found) == 21 * states
         for (parameter, state), array in found.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from holdfast.proto.ids import NO_STEP
 from holdfast.runtime.recovery.decide import Impossible, Report, Resume, Source, decide_resume
 
 
@@ -74,3 +75,11 @@ def test_the_order_of_the_reports_does_not_matter() -> None:
     held = {0: {6, 7}, 1: {6, 7}, 2: {6}}
     reports = [report(0, 8, held), report(1, 7, held), report(2, -1, held)]
     assert {resume_step(list(order)) for order in itertools.permutations(reports)} == {6}
+
+
+def test_who_forms_no_group_gets_nothing_from_a_replicas_memory() -> None:
+    held = {0: frozenset({5}), 1: frozenset({5})}
+    pair = [Report(0, 5, (0, 1), {}), Report(1, NO_STEP, (0, 1), {})]
+    assert decide_resume(pair) == Resume(5, sources={0: Source("live"), 1: Source("peer", 0)})
+    assert decide_resume(pair, solo=True) == Impossible(5, (1,))
+    assert decide_resume(pair, held, solo=True) == Resume(5, sources={0: Source("live"), 1: Source("parity")})

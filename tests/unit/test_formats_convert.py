@@ -404,6 +404,23 @@ def test_a_source_that_breaks_half_way_leaves_nothing(tmp_path: Path, source: Re
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("pointer", ["latest", "latest_universal"])
+@pytest.mark.parametrize("text", [b"\x80lobal_step7", b"../elsewhere", b"x" * 300, b"\xff" * 5000])
+def test_a_pointer_of_any_bytes_is_one_clear_error(tmp_path: Path, pointer: str, text: bytes) -> None:
+    (tmp_path / pointer).write_bytes(text)
+    with pytest.raises(CheckpointError):
+        open_any(tmp_path)
+
+
+def test_an_index_of_files_that_no_file_system_can_have_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    for name in ("x" * 300, "é" * 200, "\\ud800"):
+        index = f'{{"weight_map": {{"w": "{name}"}}}}'
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(CorruptError, match="files beside it"):
+            open_any(tmp_path)
+
+
 def test_what_is_no_checkpoint_is_refused_with_the_known_formats(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
     (tmp_path / "old.pt").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 4)

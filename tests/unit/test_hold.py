@@ -62,9 +62,10 @@ def test_a_saver_that_is_silent_or_does_not_get_done_is_not_waited_for() -> None
     assert not patient(beat_age_ns=0, held_ns=HOLD_NS + 1)
 
 
-def test_all_ranks_agree_although_they_looked_at_the_page_a_moment_apart() -> None:
+def test_what_is_due_is_what_rank_0_read_whatever_stands_on_the_pages_of_other_hosts() -> None:
     rows = [[10, 11, 0, -1, 10], [10, 11, 0, -1, 20], [10, 11, 0, -1, -1]]
-    assert Kept.of(rows, 0).due == 20
+    assert Kept.of(rows, 0).due == 10
+    assert Kept.of([rows[2], *rows[:2]], 0).due == NO_STEP
     assert Kept.of([row[:4] for row in rows], 0).due == NO_STEP
 
 
@@ -87,6 +88,19 @@ def test_a_rank_brings_what_the_page_says_while_the_saver_lives(
     assert hold.due([10, 11]) == NO_STEP, "it beats, but the half was held for too long"
     page.due = 20
     assert hold.due([11, 12]) == 20, "the next one gets its time"
+
+
+def test_rank_0_alone_tells_savers_which_step_all_ranks_leave_untouched(tmp_path: Path) -> None:
+    Page.create(tmp_path / "page")
+    hold, page = Hold(str(tmp_path / "page")), Page(tmp_path / "page")
+    assert page.reserved == NO_STEP
+    hold.kept(1, [10, 11], kept(11, due=10))
+    assert page.reserved == NO_STEP
+    hold.kept(0, [10, 11], kept(11, due=10))
+    assert page.reserved == 10
+    hold.kept(0, [11, 12], kept(12))
+    assert page.reserved == NO_STEP
+    Hold("").kept(0, [10, 11], kept(11, due=10))
 
 
 def test_without_a_saver_nothing_is_due(tmp_path: Path) -> None:

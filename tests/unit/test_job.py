@@ -22,7 +22,7 @@ from holdfast.launcher.actions import (
     Tell,
     Welcome,
 )
-from holdfast.launcher.hosts import SILENT_NS, Host, Roster
+from holdfast.launcher.hosts import SILENT_NS, Host, Roster, Term
 from holdfast.launcher.job import PLACEMENTS_KEPT, REBUILDS_TRIED, Job, fitting
 from holdfast.launcher.membership import State
 from holdfast.launcher.slots import Joined
@@ -104,6 +104,13 @@ class Cluster:
         actions: list[Action] = []
         for rank, step in live.items():
             actions += self.job.on_join(self.now_ns, rank, self.job.generation, self.joined(rank, step))
+        return [*actions, *self.learn()]
+
+    def learn(self, *but: int) -> list[Action]:
+        """The agents that are connected get what they were told last, and say so."""
+        actions: list[Action] = []
+        for index in [i for i, known in self.job.book.all.items() if known.connected and i not in but]:
+            actions += self.job.on_agent_learnt(self.now_ns, index, self.job.term, self.job._number)
         return actions
 
     def kill(self, index: int) -> list[Action]:
@@ -330,6 +337,122 @@ def test_a_join_of_a_generation_that_another_coordinator_began_begins_a_newer_on
     assert isinstance(fence, Fence)
     assert fence.generation == 8
     assert job.state is State.FORMING
+
+
+# ---- what others must know before ranks act on it ------------------------------------------------------------------
+
+
+def test_a_generation_on_other_hosts_waits_until_every_agent_that_counts_has_learnt_of_it() -> None:
+    cluster = Cluster(4, redundancy="rs:2+2")
+    cluster.kill(3)
+    cluster.start(3)
+    joins = {rank: cluster.joined(rank, 5 if rank < 3 else -1) for rank in range(4)}
+    actions: list[Action] = []
+    for rank, joined in joins.items():
+        actions += cluster.job.on_join(cluster.now_ns, rank, cluster.job.generation, joined)
+    assert of(Form, actions) == []
+    told = roster_of(actions)
+    assert told.members[3] == (1, 0)
+    assert told.before == ({0: 0, 1: 1, 2: 2, 3: 3},), "who hears of it must ask those before it too"
+    assert len(told.placements) == 2
+    laid = Placement.from_json(str(topology_of(actions, 0)["placement"]))
+    assert laid.number == 1, "the old parity is what is rebuilt from: nothing may take its place yet"
+    assert of(Form, cluster.learn(1)) == [], "one of them is missing"
+    stale = cluster.job.on_agent_learnt(cluster.now_ns, 1, cluster.job.term, told.number - 1)
+    foreign = cluster.job.on_agent_learnt(cluster.now_ns, 1, Term(3, "another"), told.number)
+    assert of(Form, stale + foreign) == []
+    actions = cluster.job.on_agent_learnt(cluster.now_ns, 1, cluster.job.term, told.number)
+    (form,) = of(Form, actions)
+    assert isinstance(form, Form)
+    assert form.generation == 2
+    assert roster_of(actions).before == ()
+    assert Placement.from_json(str(topology_of(actions, 0)["placement"])).number == 2
+    assert of(Form, cluster.learn()) == [], "once"
+
+
+def test_a_lost_rank_that_starts_again_on_its_host_waits_for_nobody() -> None:
+    cluster = Cluster(3, redundancy="xor")
+    cluster.job.on_rank_exited(cluster.now_ns, 2, 0, "SIGKILL", detected_ns=0, last_progress_ns=0)
+    cluster.job.on_rank_started(cluster.now_ns, 2, 1, 7, 2, "standby")
+    actions: list[Action] = []
+    for rank in range(3):
+        joined = cluster.joined(rank, 5 if rank < 2 else -1)
+        actions += cluster.job.on_join(cluster.now_ns, rank, cluster.job.generation, joined)
+    assert len(of(Form, actions)) == 1, "no round trip more than the joins"
+
+
+def test_a_host_that_is_lost_before_it_has_learnt_is_not_waited_for_and_nobody_acts_on_the_old_form() -> None:
+    cluster = Cluster(4, redundancy="rs:2+2")
+    cluster.kill(3)
+    cluster.start(3)
+    for rank in range(4):
+        cluster.job.on_join(cluster.now_ns, rank, 2, cluster.joined(rank, 5 if rank < 3 else -1))
+    actions = [*cluster.kill(2), *cluster.learn()]
+    assert of(Form, actions) == []
+    assert roster_of(actions).before == ()
+    cluster.start(2)
+    (form,) = of(Form, cluster.join({0: 5, 1: 5, 2: -1, 3: -1}))
+    assert isinstance(form, Form)
+    assert form.generation == 3
+
+
+def test_a_coordinator_that_takes_over_in_between_asks_both_memberships_until_the_newer_stands() -> None:
+    cluster = Cluster(4, redundancy="rs:2+2")
+    cluster.kill(3)
+    cluster.start(3)
+    told: list[Action] = []
+    for rank in range(4):
+        told += cluster.job.on_join(cluster.now_ns, rank, 2, cluster.joined(rank, 5 if rank < 3 else -1))
+    job = Job.from_roster(4, roster_of(told), cluster.now_ns, term=Term(1, "c1"), lease_ns=LEASE_NS)
+    assert job.council.standing == ({0: 0, 1: 1, 2: 2, 3: 3}, {0: 0, 1: 1, 2: 2, 3: 0})
+    actions: list[Action] = []
+    for index in (0, 1, 2):
+        actions += job.on_agent_hello(cluster.now_ns, host(index), [(index, 0, 1)])
+    number = roster_of(actions).number
+    assert number > 1 << 32, "later than whatever its predecessor told, and nobody here heard"
+    for index in (0, 1, 2):
+        actions = job.on_agent_learnt(cluster.now_ns, index, job.term, number)
+    assert job.council.standing == ({0: 0, 1: 1, 2: 2, 3: 0},)
+    assert roster_of(actions).before == ()
+
+
+def test_before_the_first_generation_stands_its_members_have_a_say_already() -> None:
+    """Another coordinator may be elected by them from the moment they are told."""
+    job = Job(3, lease_ns=LEASE_NS)
+    for index in range(3):
+        job.on_agent_hello(S, host(index), [(index, 0, 1)])
+    job.on_rank_hello(S, 0, 0, 1, 0, 0, 0)
+    for rank in range(3):
+        actions = job.on_join(S, rank, 1, Joined(0, Report(rank, 0, (rank,), {}), "p", "c", UNTIL))
+    assert of(Form, actions) == []
+    job.on_agent_beat(8 * S, 0)
+    assert of(StepDown, job.on_tick(8 * S))
+
+
+# ---- hosts that ended their ranks themselves ----------------------------------------------------------------------
+
+
+def test_a_host_that_comes_back_without_its_ranks_is_given_up_under_its_old_number_at_once() -> None:
+    cluster = Cluster()
+    back = replace(host(2), index=-1)
+    actions = cluster.hello(back)
+    assert of(Welcome, actions) == [Welcome(3)]
+    assert event(actions, "host_lost")["reason"] == "host host2 lost: it ended its ranks itself"
+    assert of(Adopt, actions) == [Adopt(3, 2, 1)], "it has room again"
+    assert cluster.job.book.heard(cluster.now_ns) == {0, 1, 2, 3}, "its say it has under both"
+
+
+def test_all_hosts_that_ended_their_ranks_go_on_together_under_the_next_coordinator() -> None:
+    cluster = Cluster(3, redundancy="xor")
+    job = Job.from_roster(3, roster_of(cluster.formed), cluster.now_ns, term=Term(1, "c1"), lease_ns=LEASE_NS)
+    actions: list[Action] = []
+    for index in range(3):
+        actions += job.on_agent_hello(cluster.now_ns, replace(host(index), index=-1), [])
+    assert of(StepDown, actions) == []
+    assert {adopt.rank for adopt in actions if isinstance(adopt, Adopt)} == {0, 1, 2}
+    assert topology_of(actions, 5)["hosts"] == {str(n): f"host{n % 3}:3" for n in range(6)}, (
+        "what a host keeps is asked for under the number that a placement knows it by"
+    )
 
 
 # ---- placements -------------------------------------------------------------------------------------------------
@@ -560,7 +683,7 @@ def test_the_next_coordinator_has_the_same_voters_placements_and_incarnations() 
     cluster.start(2)
     actions = cluster.join({0: 5, 1: 5, 2: -1})
     job = successor(cluster, actions)
-    assert job._voters == {0: 0, 1: 1, 2: 0}
+    assert job.council.standing == ({0: 0, 1: 1, 2: 0},)
     assert [placement.number for placement in job._placements] == [1, 2]
     assert [slot.incarnation for slot in job.slots.values()] == [0, 0, 1]
     assert job.book.all[2].lost

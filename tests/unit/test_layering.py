@@ -32,6 +32,7 @@ PURE: Final = (
     "holdfast.ckpt.memory.placement",
     "holdfast.ckpt.memory.redundancy",
     "holdfast.ckpt.memory.stripes",
+    "holdfast.runtime.cut",
     "holdfast.runtime.pipeline.blocks",
     "holdfast.runtime.pipeline.planner",
     "holdfast.runtime.pipeline.schedule",
@@ -41,6 +42,9 @@ PURE: Final = (
     "holdfast.runtime.recovery.ladder",
     "holdfast.runtime.recovery.neighbours",
     "holdfast.launcher.membership",
+    "holdfast.launcher.council",
+    "holdfast.launcher.hosts",
+    "holdfast.launcher.job",
     "holdfast.launcher.detector",
 )
 

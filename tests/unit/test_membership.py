@@ -129,3 +129,16 @@ def test_the_event_record_tells_a_restarted_coordinator_what_stood() -> None:
     assert last_generation(lines) == (1, {0: 0, 1: 0})
     assert last_generation([*lines, '{"event":"fence","generation":2}', '{"event":"for']) == (2, {})
     assert last_generation([]) == (0, {})
+
+
+def test_a_rank_that_another_coordinator_put_into_this_generation_begins_a_newer_one() -> None:
+    """It will not join a generation that it is in, and those who wait to join are not in it."""
+    membership = formed()
+    lose(membership, 1)
+    assert membership.generation == 2
+    (fence,) = of(Fence, membership.on_rank_hello(15, 0, 0, 1, 0, 2, 5))
+    assert isinstance(fence, Fence)
+    assert fence.generation == 3
+    (again,) = of(Fence, membership.on_rank_hello(15, 0, 0, 1, 0, 2, 5))
+    assert isinstance(again, Fence)
+    assert (again.generation, again.ranks) == (3, (0,)), "of an older one it joins like everybody"

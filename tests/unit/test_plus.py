@@ -123,6 +123,22 @@ def test_swapped_stages_train_as_one_engine_in_the_same_order_and_not_as_a_chain
     assert [e.report.grad_norm for e in crew.engines] == [alone.engines[0].report.grad_norm] * len(crew.engines)  # type: ignore[union-attr]
 
 
+def test_shadows_of_units_whose_moments_are_cut_over_replicas_keep_them_whole() -> None:
+    crew = Crew(8, "exact", **arguments(4, swap=True, shadows=True, replicas=2, zero=1))
+    alone = Crew(1, "exact", **arguments(4, swap=True))
+    for one in (crew, alone):
+        one.train(4)
+    expected = alone.state()
+    kept = {
+        rank: {f"{entry.name}@{entry.state}": entry.tensor for entry in crew.engines[rank].state.entries()}
+        for rank in range(8)
+    }
+    names = [name for name in expected if name.endswith("@weight")]
+    assert all(torch.equal(held[name], expected[name]) for held in kept.values() for name in names if name in held)
+    assert all(torch.equal(kept[rank]["0.weight@exp_avg"], expected["0.weight@exp_avg"]) for rank in (1, 5))
+    assert kept[0]["0.weight@exp_avg"].numel() < expected["0.weight@exp_avg"].numel()
+
+
 def test_a_healthy_step_sends_one_gradient_of_each_edge_more_than_the_same_order_without_shadows() -> None:
     crews = [Crew(4, "exact", **arguments(4, swap=True)), Crew(4, "neighbours+", **arguments(4))]
     sent = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from holdfast.ckpt.memory.arena import Half, Word, arena_bytes
+from holdfast.ckpt.memory.metadata import unmarked
 from holdfast.ckpt.memory.placement import HostInfo, Redundancy, SlotInfo, place
 from holdfast.ckpt.memory.protect import pen
 from holdfast.ckpt.memory.protect.deliver import Work
@@ -22,7 +23,7 @@ from holdfast.launcher.job import Job
 from holdfast.proto.errors import ProtocolViolation
 from holdfast.runtime.arenas import arena_entry, tensor_of, whole_sizes
 from holdfast.runtime.device import CpuDevice
-from holdfast.runtime.replica import TensorImage, clear_gaps, images_of, marked, shares, unmarked
+from holdfast.runtime.replica import TensorImage, clear_gaps, images_of, marked, shares
 from holdfast.runtime.state import Entry
 
 JOB = "job"
@@ -53,7 +54,7 @@ def state(seed: int) -> list[Entry]:
 def snapshot(entries: list[Entry], extra: torch.Tensor, *, clear: bool = True) -> tuple[Half, bytes]:
     """A half that its owner filled over another step's layout, and its image."""
     entries = [*entries, Entry("rng", "extra", extra)]
-    listed = [arena_entry(entry.name, entry.state, entry.tensor) for entry in entries]
+    listed = [arena_entry(entry) for entry in entries]
     memory = bytearray(arena_bytes(listed, None))
     half = Half(memory, JOB)
     half.format()
@@ -121,7 +122,7 @@ def test_state_that_is_not_shared_is_kept_whole_and_without_the_mark() -> None:
 
 def test_a_replicated_image_ends_before_the_extra_tensors_and_counts_a_page_at_least() -> None:
     entries = [Entry("w", "weight", torch.zeros(1000)), Entry("rng", "extra", torch.zeros(5000))]
-    future = [("w", "exp_avg", torch.zeros(1000))]
+    future = [Entry("w", "exp_avg", torch.zeros(1000))]
     assert whole_sizes(entries, future, None, replicated=False)[0] == 28672
     assert whole_sizes(entries, future, None, replicated=True)[0] == 8192
     assert whole_sizes(entries[1:], [], None, replicated=True)[0] == 4096

@@ -358,6 +358,31 @@ def test_a_tied_parameter_is_an_alias_only_if_its_copies_are_equal(shelf: Shelf,
         assert (("1.w", "weight") in found.states) is not equal
 
 
+@pytest.mark.parametrize("differs", [False, True])
+def test_moments_in_parts_become_whole_and_those_of_tied_parameters_are_compared_as_a_whole(
+    shelf: Shelf, page: Page, tmp_path: Path, differs: bool
+) -> None:
+    """With ZeRO-1 every holder has the weights, and a part of the moments; another part of each parameter."""
+    cuts = {"0.w": (0, 4, 6), "1.w": (0, 1, 6)}
+    other = A * 0.5
+    if differs:
+        other[1, 2] += 1
+    for slot in range(2):
+        tensors: dict[tuple[str, str], Any] = {}
+        parts: dict[tuple[str, str], Any] = {}
+        for name, moments in (("0.w", A * 0.5), ("1.w", other)):
+            start, stop = cuts[name][slot : slot + 2]
+            tensors |= {(name, "weight"): A, (name, "exp_avg"): moments.reshape(-1)[start:stop]}
+            parts[name, "exp_avg"] = A.shape, start
+        home = origin(hosted=[0, 1], replica=slot, replicas=2, ties=[["0.w", "1.w"]])
+        shelf.fill(slot, 0, 10, tensors, parts, groups=[group("0.w", "1.w")], scalars={}, origin=home)
+    found = save(shelf, page, tmp_path / "runs")
+    assert found.aliases == ({} if differs else {"1.w": "0.w"})
+    with Reader(found) as reader:
+        for name, moments in (("0.w", A * 0.5), ("1.w", other)):
+            assert bytes(reader.read(name, "exp_avg")) == moments.tobytes()
+
+
 def test_replicated_state_is_stored_once_and_buffers_that_differ_for_each_replica(
     shelf: Shelf, page: Page, tmp_path: Path
 ) -> None:

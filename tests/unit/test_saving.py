@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 
 from holdfast.ckpt.universal.save import Part, save_universal
 from holdfast.ckpt.universal.write import Details, WriteOptions
-from holdfast.launcher.saving import SaverProcess, add_options, plan_saving
+from holdfast.launcher.bootstrap import Bootstrap
+from holdfast.launcher.saving import SaverProcess, add_options, check_history, plan_saving
+from holdfast.launcher.sharing import mark, refusal
 from holdfast.proto.errors import ConfigError
 
 
@@ -90,9 +93,40 @@ def test_what_cannot_be_done_is_one_line(options: tuple[str, ...], says: str, ru
     assert "\n" not in str(caught.value)
 
 
-def test_several_hosts_and_jobs_without_snapshots_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="jobs of one host so far"):
-        ask("--checkpoint-dir", str(tmp_path), hosts=2)
+def test_a_host_that_comes_late_to_a_job_of_several_is_not_refused_for_what_the_job_has_written(runs: Path) -> None:
+    saving = ask("--checkpoint-dir", str(runs), hosts=2)
+    assert (saving.folder, saving.start) == (runs, -1)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="give --resume latest"):
+        check_history(runs, -1, asked=False)  # what a job of several hosts that starts now is answered
+
+
+def test_the_first_host_says_what_the_job_starts_from(runs: Path) -> None:
+    """`latest` may have become another one since."""
+    late = ask("--checkpoint-dir", str(runs), "--resume", "latest", hosts=2)
+    assert late.told() == f"20:{runs / 'step-00000020'}"  # type: ignore[attr-defined]
+    first = late.as_told(f"10:{runs / 'step-00000010'}")  # type: ignore[attr-defined]
+    assert (first.resume, first.start) == (runs / "step-00000010", 10)
+    assert (late.as_told("").resume, late.as_told(None).resume) == (None, None)  # type: ignore[attr-defined]
+    path = str(runs / "step-00000010")
+    assert ask("--resume", path, hosts=2).as_told(None).told() == f"10:{path}"  # type: ignore[attr-defined]
+
+
+def test_a_folder_that_another_host_does_not_see_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.launcher.sharing.SEEN_S", 0.2)
+    here, there = tmp_path / "here", tmp_path / "there"
+    mark(here, "j", "secret")
+    first = Bootstrap("j", "secret", "h:1", "host0", 2, resume="", checkpoints=True)
+    assert refusal(here, "j", "secret", None) == refusal(here, "j", "secret", first) == ""
+    assert refusal(here, "j", "secret", replace(first, checkpoints=None)) == ""
+    for folder, token in ((there, "secret"), (here, "another")):
+        assert "is not the folder that host0 has there" in refusal(folder, "j", token, first)
+    assert "this host without" in refusal(None, "j", "secret", first)
+    assert "this host with:" in refusal(here, "j", "secret", replace(first, checkpoints=False))
+
+
+def test_jobs_without_snapshots_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs snapshots"):
         ask("--checkpoint-dir", str(tmp_path), snapshots="off")
 

@@ -21,10 +21,11 @@ import grpc
 import pytest
 
 from holdfast.launcher import control as control_module
+from holdfast.launcher import session as session_module
 from holdfast.launcher.control import ELECT_S, Control
 from holdfast.launcher.detector import Limits
 from holdfast.launcher.eventlog import EventLog
-from holdfast.launcher.hosts import BEAT_NS, SILENT_NS, Host, Roster
+from holdfast.launcher.hosts import BEAT_NS, SILENT_NS, Host, Roster, Term
 from holdfast.launcher.job import Job
 from holdfast.launcher.session import STANDBY_S, CoordinatorSession, Hooks, candidates
 from holdfast.launcher.starter import Program
@@ -112,6 +113,7 @@ class Agent:
     """One agent's stream to a Control: what it is told comes into `orders`."""
 
     hello: Any
+    promises: bool = True
     context: Context = field(default_factory=Context)
     orders: list[Any] = field(default_factory=list)
     outbox: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -126,6 +128,8 @@ class Agent:
         with contextlib.suppress(SentAway):
             async for order in control.AgentSession(messages(), self.context):
                 self.orders.append(order)
+                if self.promises and order.WhichOneof("body") == "promise":
+                    self.outbox.put_nowait(pb.AgentMessage(promised=pb.Promised(term=order.promise.term)))
         self.ended.set()
 
     def said(self, body: str) -> list[Any]:
@@ -145,8 +149,8 @@ class Stage:
         self.tasks: list[asyncio.Task[None]] = []
 
     def control(self) -> Control:
-        def successor(roster: Roster) -> Job:
-            return Job.from_roster(self.world_size, roster, time.monotonic_ns(), lease_ns=3 * 10**9)
+        def successor(roster: Roster, term: Term) -> Job:
+            return Job.from_roster(self.world_size, roster, time.monotonic_ns(), term=term, lease_ns=3 * 10**9)
 
         return Control("job", self.world_size, None, successor, EventLog(None))
 
@@ -195,6 +199,81 @@ def test_a_standby_takes_over_when_a_majority_asks_it() -> None:
                 assert roster.number > found.roster.number
             status = json.loads((await control.Status(None, None)).json)
             assert (status["generation"], status["state"]) == (2, "running")
+
+    asyncio.run(play())
+
+
+def test_a_majority_that_does_not_promise_puts_nobody_in_charge_and_hears_no_beat() -> None:
+    """Each of them may have promised somebody else meanwhile; and a beat would keep ranks alive that nobody leads."""
+
+    async def play() -> None:
+        async with stage(3) as found:
+            control = found.control()
+            agents = [found.call(control, index) for index in (1, 2)]
+            agents[1].promises = False
+            await until(lambda: all(agent.said("promise") for agent in agents), "promise asked for")
+            await asyncio.sleep(3 * BEAT_NS / 1e9)
+            assert all([order.WhichOneof("body") for order in agent.orders] == ["promise"] for agent in agents)
+            (asked,) = agents[1].said("promise")
+            agents[1].outbox.put_nowait(pb.AgentMessage(promised=pb.Promised(term=asked.term)))
+            await until(lambda: all(agent.said("welcome") for agent in agents), "welcome")
+            assert agents[0].said("welcome")[0].term == asked.term
+            assert asked.term.number == 1
+
+    asyncio.run(play())
+
+
+def test_what_an_agent_says_before_it_is_led_is_heard_afterwards() -> None:
+    async def play() -> None:
+        async with stage(3) as found:
+            control = found.control()
+            agents = [found.call(control, index) for index in (1, 2)]
+            exited = pb.RankExited(rank=1, incarnation=0, reason="SIGKILL", detected_ns=1)
+            agents[0].outbox.put_nowait(pb.AgentMessage(exited=exited))
+            await until(lambda: all(agent.said("welcome") for agent in agents), "welcome")
+            await until(lambda: ranks_alive(control) == {0, 2}, "news of the death")
+
+    def ranks_alive(control: Control) -> set[int]:
+        assert control._job is not None
+        return {rank for rank, slot in control._job.slots.items() if slot.alive}
+
+    asyncio.run(play())
+
+
+def test_a_leader_that_hears_of_a_later_promise_gives_way_and_ends_no_rank() -> None:
+    """Whoever it was given to may be in charge: a quorum finds out, and ranks train on meanwhile."""
+
+    async def play() -> None:
+        async with stage(3) as found:
+            control = found.control()
+            agents = [found.call(control, index) for index in (0, 1)]
+            await until(lambda: all(agent.said("welcome") for agent in agents), "takeover")
+            later = found.call(control, 2)
+            later.hello.promised.CopyFrom(pb.Term(number=9, leader="another"))
+            await until(lambda: all(agent.ended.is_set() for agent in agents), "end of the streams")
+            assert not any(welcome.fenced for agent in agents for welcome in agent.said("welcome"))
+            again = found.call(control, 1)
+            await until(lambda: bool(later.said("welcome") and again.said("welcome")), "another takeover")
+            assert again.said("welcome")[0].term.number == 10
+
+    asyncio.run(play())
+
+
+def test_a_host_under_a_number_that_is_anothers_is_fenced_and_the_other_goes_on() -> None:
+    async def play() -> None:
+        async with stage(3) as found:
+            control = found.control()
+            agents = [found.call(control, index) for index in (1, 2)]
+            await until(lambda: all(agent.said("welcome") for agent in agents), "takeover")
+            stranger = Agent(pb.AgentHello(host="stranger", index=2, door="127.0.0.1:2"))
+            found.tasks.append(asyncio.create_task(stranger.talk(control)))
+            await until(lambda: bool(stranger.said("welcome")), "an answer")
+            assert stranger.said("welcome")[0].fenced
+            assert not any(welcome.fenced for welcome in agents[1].said("welcome"))
+            stranger.outbox.put_nowait(None)
+            await until(stranger.ended.is_set, "its end")
+            assert control._job is not None
+            assert control._job.book.all[2].connected
 
     asyncio.run(play())
 
@@ -363,9 +442,10 @@ def test_a_rank_of_another_job_is_refused_and_one_without_a_leader_is_sent_away(
 class Service(control_pb2_grpc.ControlServicer):
     """Notes who comes; `orders` are sent to each agent (`once`: to the first), then it is silent for `hold_s`."""
 
-    def __init__(self, *orders: Any, hold_s: float = 60.0, once: bool = False) -> None:
-        self.orders, self.hold_s, self.once = orders, hold_s, once
+    def __init__(self, *orders: Any, hold_s: float = 60.0, once: bool = False, answers: int = 0) -> None:
+        self.orders, self.hold_s, self.once, self.answers = orders, hold_s, once, answers
         self.hellos: list[Any] = []
+        self.said: list[Any] = []  # so many answers of the first agent, beats left out
         self.came, self.over = threading.Condition(), threading.Event()
         self.stays: list[float] = []
         self.server = grpc.server(futures.ThreadPoolExecutor(4))
@@ -381,6 +461,12 @@ class Service(control_pb2_grpc.ControlServicer):
             self.came.notify_all()
         orders = self.orders if len(self.hellos) == 1 or not self.once else ()
         yield from orders
+        while len(self.said) < self.answers:
+            message = next(messages)
+            if message.WhichOneof("body") != "beat":
+                with self.came:
+                    self.said.append(message)
+                    self.came.notify_all()
         left.wait(self.hold_s)
         self.stays.append(time.monotonic() - began)
         if not left.is_set():
@@ -432,8 +518,9 @@ FENCED = pb.AgentOrder(welcome=pb.AgentWelcome(index=-1, fenced=True))
 
 
 def test_an_agent_whose_leader_falls_silent_asks_the_next_coordinator_with_the_newest_roster(
-    opened: list[Any],
+    opened: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(session_module, "SETTLES", 0.0)  # the silent one answers still: how long it is asked is chance
     next_ = Service(WELCOME)
     leader = Service(once=True, hold_s=3.0)
     leader.orders = (WELCOME, told(leader, next_))
@@ -473,6 +560,37 @@ def test_a_leader_that_steps_down_ends_the_ranks_of_its_hosts_at_once(opened: li
     fenced = threading.Event()
     session(opened, on_fenced=fenced.set).start(leader.address)
     assert fenced.wait(3.0), "the others count on it that these ranks have ended"
+
+
+def test_an_agent_says_what_it_promised_and_what_it_has_learnt(opened: list[Any]) -> None:
+    term = pb.Term(number=3, leader="x")
+    roster = Roster(9, 1, 0, {0: (0, 0)}, {0: 0}, {0: 0}, (Host(0), Host(1)), term=Term(3, "x"))
+    leader = Service(
+        pb.AgentOrder(promise=pb.Promise(term=term)),
+        pb.AgentOrder(welcome=pb.AgentWelcome(index=0, term=term)),
+        pb.AgentOrder(roster=pb.Roster(json=roster.encoded())),
+        answers=2,
+    )
+    opened.append(leader)
+    session(opened).start(leader.address)
+    with leader.came:
+        assert leader.came.wait_for(lambda: len(leader.said) == 2, DEADLINE_S)
+    assert leader.said[0].promised.term == term
+    assert (leader.said[1].learnt.term, leader.said[1].learnt.number) == (term, 9)
+
+
+def test_an_agent_that_promised_takes_nothing_from_an_older_coordinator(opened: list[Any]) -> None:
+    """It neither follows it nor counts it as a word of one in charge, and says so when it asks again."""
+    promise = pb.AgentOrder(promise=pb.Promise(term=pb.Term(number=3, leader="x")))
+    roster = Roster(9, 1, 0, {0: (0, 0)}, {0: 0}, {0: 0}, (Host(0), Host(1)))
+    old = Service(promise, WELCOME, pb.AgentOrder(roster=pb.Roster(json=roster.encoded())), once=True)
+    opened.append(old)
+    heard: list[str] = []
+    session(opened, on_leader=heard.append).start(old.address)
+    hellos = old.await_hellos(2)
+    assert hellos[1].promised == pb.Term(number=3, leader="x")
+    assert hellos[1].roster == ""
+    assert heard == []
 
 
 def test_a_host_that_was_fenced_asks_for_a_new_number_and_names_no_ranks(opened: list[Any]) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from holdfast.ckpt.universal import scan
 from holdfast.ckpt.universal.adopt import adopt
 from holdfast.ckpt.universal.errors import CheckpointError, CorruptError, IncompleteError
+from holdfast.ckpt.universal.files import Files
 from holdfast.ckpt.universal.model import Checkpoint, Slab, Span, TensorState
 from holdfast.ckpt.universal.open import open_checkpoint
 from holdfast.ckpt.universal.read import Reader
@@ -226,3 +230,40 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert verify(tmp_path / "c", progress=lambda done, total: seen.append((done, total))) == []
     total = sum(slab.span.nbytes for tensor in checkpoint.states.values() for slab in tensor.slabs)
     assert max(seen) == (total, total)
+
+
+def test_runs_hold_every_chunk_once_in_order_and_no_more_than_fits() -> None:
+    # Side by side, with a hole, and one chunk that is larger than a run.
+    sizes = [(0, 5 << 20, 1 << 20), (5 << 20, 300_000, 16 << 10), (7 << 20, 9 << 20, 8 << 20)]
+    slabs = [
+        Slab(Span("f", offset, nbytes), "U8", box=((0, nbytes),), chunk_bytes=chunk) for offset, nbytes, chunk in sizes
+    ]
+    runs = list(scan._runs(slabs[::-1]))
+    for run in runs:
+        edges = [edge for part in run for edge in part.edges]
+        assert edges == sorted(edges)
+        assert edges[-1] - edges[0] <= scan.RUN_BYTES or len(run) == 1 == len(run[0].edges) - 1
+    found = [
+        (slabs[::-1][part.slab].span.offset, part.first + at, low, high)
+        for run in runs
+        for part in run
+        for at, (low, high) in enumerate(itertools.pairwise(part.edges))
+    ]
+    expected = [
+        (offset, at, offset + low, offset + min(low + chunk, nbytes))
+        for offset, nbytes, chunk in sizes
+        for at, low in enumerate(range(0, nbytes, chunk))
+    ]
+    assert found == expected
+
+
+def test_an_error_in_one_thread_ends_the_pass(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(3 * scan.RUN_BYTES))
+    size = 8 * scan.RUN_BYTES
+    slab = Slab(Span("f", 0, size), "U8", box=((0, size),), chunk_bytes=scan.RUN_BYTES)
+    seen: list[int] = []
+    files = Files(tmp_path, links=True)
+    with ThreadPoolExecutor(2) as pool, pytest.raises(IncompleteError, match="too early"):
+        scan.scan(files, "f", [slab], pool, 2, lambda at, first, edges, found: seen.append(first), lambda n: None)
+    files.close()
+    assert set(seen) <= {0, 1, 2}

@@ -86,6 +86,8 @@ class Local:
     placement: Placement | None = None
     error: str = ""
     _held: dict[tuple[int, int], Held] = field(default_factory=dict)
+    _mapped: dict[tuple[int, int], tuple[int, Half]] = field(default_factory=dict)
+    """(slot, half) -> number of the memory, and its only mapping here."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def all(self) -> list[Held]:
@@ -120,6 +122,7 @@ class Local:
         with self._lock:
             for key in [key for key in self._held if key not in keys]:
                 del self._held[key]
+                self._mapped.pop(key, None)
         troubled = [info for info in listed if self._take(info)]
         self.news.bump()
         for info in troubled:
@@ -135,7 +138,7 @@ class Local:
                 return old.state is not State.SEALED or not pen.header_intact(old.half, old.record, self.job)
             half = old.half
         else:
-            half = self._map(info)
+            half = self.mapping(info.slot, info.half, info.memory)
         state = State[info.state]
         if old is not None and old.half is half and (old.state, old.step, old.fill) == (state, info.step, info.fill):
             return False
@@ -144,12 +147,23 @@ class Local:
             self._held[key] = held
         return state is State.CORRUPT
 
-    def _map(self, info: HalfInfo) -> Half:
-        """A mapping that lives exactly as long as somebody has a view of it."""
-        with self.client.arena(info.slot, info.half, 1) as mapped:
-            memory = mmap.mmap(mapped.fd, mapped.nbytes, access=mmap.ACCESS_WRITE)
-        half = Half(memory, self.job)
+    def mapping(self, slot: int, index: int, number: int) -> Half:
+        """The half in that memory (any thread). Mapped once: to map much memory, and to unmap it, takes time."""
+        key = (slot, index)
+        with self._lock:
+            known, half = self._mapped.get(key, (-1, None))
+            if half is not None and known == number:
+                return half
+        with self.client.arena(slot, index, 1) as mapped:
+            number = mapped.memory_number
+            # Lives exactly as long as somebody has a view of it.
+            half = Half(mmap.mmap(mapped.fd, mapped.nbytes, access=mmap.ACCESS_WRITE), self.job)
         pen.drop(half)  # of a protector that died with it
+        with self._lock:
+            known, other = self._mapped.get(key, (-1, None))
+            if other is not None and known == number:
+                return other
+            self._mapped[key] = number, half
         return half
 
     # ---- the digest thread ------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Options:
     """Pause before something that failed is tried again, when nothing changes meanwhile."""
     connections_max: int = 512
     window: int = 4
-    """Blocks in flight per source."""
+    """Blocks that are asked for at once; so many, or twice that, are in flight per source."""
     keep_s: float = 2.0
     """How long the newest parity is spared while ranks may still be about to say keep."""
     secondary_s: float = 2.0

@@ -1,38 +1,47 @@
 """Bringing a slot back: copied from a host that holds it, or decoded from any k clean shards of its stripes.
 
     held here? ─▶ else a holder: copy ─▶ else parity, newest placement first: decode
-        blocks of the image in order, several in flight ▸ table and tail ▸ finish ▸ the manager seals
-        ▸ its digest of all data is that of the record
+        blocks of the image in order, several in flight, each digested where it lies while it is in the cache
+        ▸ table and tail ▸ the digest of all data is that of the record ▸ finish ▸ the manager seals with it
 
 Copy and parity meet at a block: when the one fails, the other goes on where it stopped. Decides nothing about
 which step: the caller did. Invariants:
 
-* the half is FILLING from the first byte to the last, and what is sealed has the digests of the record;
+* the half is FILLING from the first byte to the last, and what is sealed has the digests of the record, block by
+  block and as a whole, computed from the memory that is sealed after its last byte was stored;
 * by the deadline there is an answer, and a refusal names what is missing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import xxhash
 
 from holdfast.proto.errors import SnapshotCorrupt, SnapshotError, SnapshotIncomplete
 
 from ..arena import Half, State, arena_bytes
-from ..client import MappedHalf, SmpClient
+from ..client import SmpClient
+from ..memfd import populate
 from ..table import HEADER_BYTES, Table
 from . import pen
 from .blocks import Shard, Sources, StripeReader
 from .client import Rebuilt
 from .parity import ParityStore
 from .peers import LOST, Sealed
-from .record import digest_of_block
-from .survey import Layout, Survey, check_tail, counts, survey
+from .record import Blocks, digest_of_block
+from .survey import Holder, Layout, Survey, check_tail, counts, survey
 
 if TYPE_CHECKING:
+    from ..erasure import Code
     from ..placement import Chunk, Stripe
+
+
+_AHEAD_BYTES: Final = 16 << 20
+"""Pages are mapped so many at a time: a millisecond, in which the sockets fill."""
 
 
 @dataclass(slots=True)
@@ -47,13 +56,78 @@ class RebuildCounters:
 class _Target:
     """The half that is being filled, and how far."""
 
-    mapped: MappedHalf
+    half: Half
+    index: int
     sealed: Sealed
     done: int = 0
+    """Image bytes that are right, from the first on."""
+    _mapped: int = 0
+    _whole: xxhash.xxh3_128 = field(default_factory=xxhash.xxh3_128)
 
     def room(self, start: int, stop: int) -> memoryview:
-        """Bytes of the image."""
-        return self.mapped.half.memory[HEADER_BYTES + start : HEADER_BYTES + stop]
+        """Bytes of the image, to be stored to."""
+        if stop > self._mapped:
+            self._mapped = stop + _AHEAD_BYTES
+            populate(self.half.memory, HEADER_BYTES + start, HEADER_BYTES + self._mapped)
+        return self.half.memory[HEADER_BYTES + start : HEADER_BYTES + stop]
+
+    def right(self, stop: int) -> None:
+        """All bytes up to `stop` have the digests of their blocks."""
+        end = min(stop, self.sealed.record.data_bytes)
+        if self.done < end:
+            self._whole.update(self.half.memory[HEADER_BYTES + self.done : HEADER_BYTES + end])
+        self.done = stop
+
+    def digest(self) -> bytes:
+        """Of all data, once the image is whole: what lies behind the image included."""
+        record = self.sealed.record
+        self._whole.update(self.half.memory[record.image_end : HEADER_BYTES + record.data_bytes])
+        return self._whole.digest()
+
+
+@dataclass(slots=True)
+class _Part:
+    """A range of the image, and what it is read from."""
+
+    reader: StripeReader
+    blocks: Blocks
+    named: Mapping[str, object]
+    code: Code | None = None
+    """None: it is read as it is."""
+    column: int = 0
+    _spare: memoryview | None = None
+
+    def first(self, done: int) -> int | None:
+        """The first block that ends behind `done`."""
+        return next((block for block, _, stop in self.blocks.spans() if stop > done), None)
+
+    def take(self, block: int, target: _Target) -> None:
+        """One block, to where it belongs, and right there."""
+        start, stop = self.blocks.span(block)
+        room = target.room(start, stop)
+        if self.code is None:
+            self.reader.read(block, room)
+            return
+        size = self.reader.size(block)
+        whole = len(room) == size
+        if whole and self.code.k == 1:
+            self.reader.read(block, room)  # a mirror: parity is the data
+        else:
+            self._decode(self.code, block, room, size)
+        if digest_of_block(room) != self.blocks.digest(block):
+            raise SnapshotCorrupt("decoded other bytes than were sealed", block=block, **self.named)
+
+    def _decode(self, code: Code, block: int, room: memoryview, size: int) -> None:
+        from .. import erasure
+
+        have = self.reader.read(block)
+        have.pop(self.column, None)
+        if len(room) == size:
+            erasure.decode(code, have, {self.column: room})
+            return
+        self._spare = self._spare or memoryview(bytearray(self.reader.size(0)))
+        erasure.decode(code, have, {self.column: self._spare[:size]})
+        room[:] = self._spare[: len(room)]
 
 
 class Rebuild:
@@ -97,7 +171,7 @@ class Rebuild:
         self._counters.rebuilt += 1
         self._counters.rebuilt_bytes += target.sealed.record.data_bytes
         nbytes = target.sealed.record.data_bytes
-        return Rebuilt(target.mapped.index, nbytes, source, tuple(self._used), time.monotonic() - began)
+        return Rebuilt(target.index, nbytes, source, tuple(self._used), time.monotonic() - began)
 
     def _held_here(self) -> tuple[int, int] | None:
         """(half, bytes) if the manager has it; a COPIED half is sealed by opening it."""
@@ -126,11 +200,8 @@ class Rebuild:
             try:
                 sealed = self._sources.peers.fetch_sealed(holder.host, header)
                 check_tail(sealed)
-                target = self._begin(sealed)
-                for blocks in sealed.record.chunks:
-                    name = f"host {holder.host} slot {self._slot}"
-                    shard = Shard(0, holder.host, self._slot, self._step, holder.token, blocks, name)
-                    self._copy_chunk(target, shard, found)
+                parts = (self._copied_part(blocks, holder, found) for blocks in sealed.record.chunks)
+                self._fill(self._begin(sealed), parts)
             except LOST as error:
                 self._failed.append(f"host {holder.host} slot {self._slot}: {error}")
                 self._patience()
@@ -138,19 +209,15 @@ class Rebuild:
             return "copy"
         return ""
 
-    def _copy_chunk(self, target: _Target, shard: Shard, found: Survey) -> None:
-        length = shard.blocks.stop - shard.blocks.start
+    def _copied_part(self, blocks: Blocks, holder: Holder, found: Survey) -> _Part:
+        name = f"host {holder.host} slot {self._slot}"
+        shard = Shard(0, holder.host, self._slot, self._step, holder.token, blocks, name)
+        length = blocks.stop - blocks.start
         named = {"slot": self._slot, "step": self._step}
         reader = StripeReader(
             self._sources, [shard], k=1, chunk=length, lengths={0: length}, named=named, avoid=found.avoid
         )
-        with reader:
-            for block, start, stop in shard.blocks.spans():
-                if stop > target.done:
-                    self._patience()
-                    reader.read(block, target.room(start, stop))
-                    target.done = stop
-            self._used |= reader.used
+        return _Part(reader, blocks, named)
 
     def _decode(self, found: Survey) -> str:
         """From parity, under any placement that has it."""
@@ -160,8 +227,8 @@ class Rebuild:
                 sealed = layout.mirrored(self._slot)
                 target = self._begin(sealed)
                 mine = [(c, s) for s in layout.placement.stripes for c in s.data if c.slot == self._slot]
-                for chunk, stripe in sorted(mine, key=lambda one: one[0].start):
-                    self._decode_chunk(target, layout, chunk, stripe)
+                in_order = sorted(mine, key=lambda one: one[0].start)
+                self._fill(target, (self._decoded_part(layout, chunk, stripe) for chunk, stripe in in_order))
                 if target.done < sealed.record.image_bytes:
                     raise SnapshotIncomplete("an image larger than its stripes", slot=self._slot)
             except LOST as error:
@@ -177,7 +244,7 @@ class Rebuild:
             **counts(found),
         )
 
-    def _decode_chunk(self, target: _Target, layout: Layout, chunk: Chunk, stripe: Stripe) -> None:
+    def _decoded_part(self, layout: Layout, chunk: Chunk, stripe: Stripe) -> _Part:
         from .. import erasure
 
         # Not the target's record: that may have come with a source of another placement, cut otherwise.
@@ -185,33 +252,36 @@ class Rebuild:
         column = next(i for i, one in enumerate(stripe.data) if one == chunk)
         shards, lengths = layout.shards(stripe)
         named = {"slot": self._slot, "step": self._step, "stripe": stripe.number, "missing": layout.missing(stripe)}
-        code = erasure.Code(placement.k, placement.m)
-        others = [shard for shard in shards if shard.index != column]
         reader = StripeReader(
             self._sources,
-            others,
-            k=code.k,
+            [shard for shard in shards if shard.index != column],
+            k=placement.k,
             chunk=placement.chunk,
             lengths=lengths,
             named=named,
             avoid=layout.found.avoid,
         )
-        with reader:
-            spare = memoryview(bytearray(min(placement.chunk, reader.size(0))))
-            for block, start, stop in blocks.spans():
-                if stop <= target.done:
-                    continue
-                self._patience()
-                have, room, size = reader.read(block), target.room(start, stop), reader.size(block)
-                have.pop(column, None)
-                whole = len(room) == size
-                erasure.decode(code, have, {column: room if whole else spare[:size]})
-                if not whole:
-                    room[:] = spare[: len(room)]
-                if digest_of_block(room) != blocks.digest(block):
-                    raise SnapshotCorrupt("decoded other bytes than were sealed", block=block, **named)
-                target.done = stop
-            self._used |= reader.used
+        return _Part(reader, blocks, named, erasure.Code(placement.k, placement.m), column)
+
+    def _fill(self, target: _Target, parts: Iterator[_Part]) -> None:
+        """Part after part; while one is taken, the next one's first blocks are on their way."""
+        following = next(parts, None)
+        try:
+            while (part := following) is not None:
+                with part.reader:
+                    part.reader.shun()
+                    following = next(parts, None)
+                    if following is not None and (first := following.first(target.done)) is not None:
+                        following.reader.ask(first)
+                    for block, _, stop in part.blocks.spans():
+                        if stop > target.done:
+                            self._patience()
+                            part.take(block, target)
+                            target.right(stop)
+                    self._used |= part.reader.used
+        finally:
+            if following is not None:
+                following.reader.close()
 
     # ---- the half ---------------------------------------------------------------------------------------
 
@@ -229,30 +299,31 @@ class Rebuild:
             return whole, info.step if info is not None and whole else -1
 
         half = min(self._halves, key=lambda half: (worth(half), half))
-        mapped = self._client.arena(self._slot, half, arena_bytes(table.entries, table.metadata))
-        plan = bytes.fromhex(record.plan)
-        placed = mapped.half.begin(table.step, plan, table.incarnation, table.entries, table.metadata)
+        with self._client.arena(self._slot, half, arena_bytes(table.entries, table.metadata)) as mapped:
+            number = mapped.memory_number
+        local, plan = self._sources.local, bytes.fromhex(record.plan)
+        # A Half of our own, for it knows whose fill it may finish: another rebuild may begin the same half after us.
+        mine = Half(local.mapping(self._slot, half, number).memory, local.job)
+        placed = mine.begin(table.step, plan, table.incarnation, table.entries, table.metadata)
         if tuple(placed) != table.entries:
             raise SnapshotCorrupt("a table whose entries lie elsewhere", slot=self._slot, step=self._step)
         # What lies in no stripe: entries behind the image, up to the table.
         extra = sealed.tail[: record.table_offset - record.image_end]
-        mapped.half.memory[record.image_end : record.table_offset] = extra
-        self._target = _Target(mapped, sealed)
+        mine.memory[record.image_end : record.table_offset] = extra
+        self._target = _Target(mine, half, sealed)
         return self._target
 
     def _seal(self, target: _Target) -> None:
-        """Finish it, have it sealed, and compare with the record."""
-        mapped = target.mapped
-        mapped.half.finish()
-        self._client.copied(self._slot, mapped.index, self._step)
-        self._client.open(self._slot, mapped.index).close()
-        found = pen.sealed_digest(mapped.half)
-        if mapped.half.state is not State.SEALED or found != target.sealed.record.data_digest:
-            _spoil(mapped.half)
+        """Compare it with the record, finish it, and have it sealed."""
+        half, digest, wanted = target.half, target.digest(), target.sealed.record.data_digest
+        if digest.hex() == wanted:
+            half.finish()
+            self._client.rebuilt(self._slot, target.index, self._step, digest)
+        if half.state is not State.SEALED or pen.sealed_digest(half) != wanted:
+            _spoil(half)
             raise SnapshotCorrupt(
                 "rebuilt other bytes than were sealed", slot=self._slot, step=self._step, failed=self._failed
             )
-        mapped.close()
 
     def _patience(self) -> None:
         if time.monotonic() > self._deadline:

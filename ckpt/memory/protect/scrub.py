@@ -243,7 +243,10 @@ class Repairer:
         shards, lengths = layout.shards(stripe)
         others = [shard for shard in shards if not (shard.index == wanted and shard.host == me)]
         named = {"stripe": stripe.number, "missing": layout.missing(stripe)}
-        reader = StripeReader(self._sources, others, k=placement.k, chunk=placement.chunk, lengths=lengths, named=named)
+        size = placement.chunk
+        reader = StripeReader(
+            self._sources, others, k=placement.k, chunk=size, lengths=lengths, named=named, until=block + 1
+        )
         with reader:
             have = reader.read(block)
             room = bytearray(reader.size(block))

@@ -4,8 +4,8 @@
 
 With AdamW the whole state is about 72 * width**2 bytes: 0.3 MB at --width 64, 16 MB at --width 470. Prints a line for
 each step of each rank, so that a test can wait for one. One process without an agent is the reference: any layout on
-any hosts must end with its bits; --step-seconds changes none of them. --flip does: one bit of a weight, as a bad memory
-would.
+any hosts must end with its bits; --step-seconds changes none of them (and is over once the file that --hurry names
+exists). --flip does: one bit of a weight, as a bad memory would.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ WORDS, CONTEXT, BLOCKS, SAMPLES = 32, 4, 6, 50
 class Words(nn.Module):
     """The first layer. Waits in each forward, so that a step lasts although there is little to compute."""
 
-    def __init__(self, width: int, seconds: float) -> None:
+    def __init__(self, width: int, seconds: float, hurry: Path | None) -> None:
         super().__init__()
         self.embed = nn.Embedding(WORDS, width)
         self.seconds = seconds
+        self.hurry = hurry
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.seconds > 0:
+        if self.seconds > 0 and not (self.hurry is not None and self.hurry.exists()):
             threading.Event().wait(self.seconds)
         embedded: torch.Tensor = self.embed(x)
         return embedded
@@ -72,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A small job for several hosts.")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--step-seconds", type=float, default=0.0, help="shortest step")
+    parser.add_argument("--hurry", type=Path, help="steps are not made to last once this file exists")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--stages", type=int)
@@ -90,7 +92,7 @@ def main() -> None:
     built: list[Words] = []
 
     def words() -> Words:
-        built.append(Words(width, wait_s))
+        built.append(Words(width, wait_s, arguments.hurry))
         return built[-1]
 
     trainer = Trainer(

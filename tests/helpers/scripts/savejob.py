@@ -118,7 +118,7 @@ def main() -> None:
     trainer = Trainer(
         layers=[lambda: Words(width, wait_s), *[lambda: Block(width)] * (arguments.layers - 2), Head(width)],
         loss=loss,
-        optimizer=adamw if not arguments.sgd else lambda p: torch.optim.SGD(p, lr=1e-2),
+        optimizer=adamw if not arguments.sgd else lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
         scheduler=schedule,
         data=Samples(),
         microbatch_size=2,

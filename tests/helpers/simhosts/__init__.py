@@ -1,6 +1,6 @@
 """Several hosts in one process, under a virtual clock: models around the real Job and the real decisions.
 
-    real      Job, HostBook, Roster, has_quorum, assign, candidates; place, survivable; decide_resume; Kept;
+    real      Job, HostBook, Roster, Election, Council, assign, candidates; place, survivable; decide_resume; Kept;
               choose (which half a snapshot overwrites), choose_half (which one parity does)
     modelled  machines and network (network, machine), agents (session.py, supervisor.py), coordinators' streams and
               election (control.py), ranks (member.py, rejoin.py, engine.py, finish.py), snapshot managers, protectors

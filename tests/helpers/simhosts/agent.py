@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from holdfast.launcher.hosts import BEAT_NS, SILENT_NS, Host, Roster, newest
+from holdfast.launcher.hosts import BEAT_NS, FIRST, SILENT_NS, Host, Roster, Term
 from holdfast.launcher.session import CONNECT_S, LEADER_RETRY_S, RETRY_S, SETTLES, STANDBY_S, candidates
 
 from .network import MS, Pipe, S
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 FENCE_NS = 4_800 * MS
-TESTIFIES = "former" in Host.__dataclass_fields__
-"""Whether hosts that have ended their ranks still have a say, under the numbers they had."""
 
 
 class Agent:
@@ -38,6 +36,7 @@ class Agent:
         )
         self.address = leader
         self.roster = Roster()
+        self.promised = FIRST
         self.running: dict[int, Process] = {}
         self.slots: dict[int, int] = {}  # rank -> incarnation: the watcher's
         self.live: dict[int, int] = {}
@@ -80,7 +79,7 @@ class Agent:
         ranks = [(rank, incarnation, 1) for rank, incarnation in sorted(self.live.items()) if rank not in news]
         machines = (self.machine, coordinator.machine)
         pipe = self.pipe = Pipe(self.world, machines, (lambda: self.closed(address), lambda: None))
-        caller = Caller(self, replace(self.me), ranks, self.roster.encoded() if self.roster.hosts else "", pipe)
+        caller = Caller(self, replace(self.me), ranks, self.roster, pipe, self.promised)
         pipe.ended = (pipe.ended[0], lambda: coordinator.agent_gone(caller))
         self.welcomed, self.called_ns = False, self.world.now_ns
         self.caller, self.coordinator = caller, coordinator
@@ -156,8 +155,22 @@ class Agent:
 
     # ---- orders
 
-    def on_welcome(self, index: int, fenced: bool) -> None:
-        self.heard_ns = self.world.now_ns
+    def on_promise(self, term: Term) -> None:
+        self.promised = max(self.promised, term)
+        self.answer(("promised", self.promised))
+
+    def answer(self, what: object) -> None:
+        """To the coordinator that is asked, on this stream or never."""
+        caller, coordinator = self.caller, self.coordinator
+        caller.pipe.send(0, lambda: coordinator.agent_answers(caller, what))
+
+    def on_welcome(self, index: int, fenced: bool, term: Term) -> None:
+        if term < self.promised:
+            pipe, self.pipe = self.caller.pipe, None
+            pipe.close(0)
+            self.closed(self.coordinator.address)
+            return
+        self.heard_ns, self.promised = self.world.now_ns, term
         self.welcomed = True
         moved, self.address = self.coordinator.address != self.address, self.coordinator.address
         if fenced:
@@ -172,8 +185,9 @@ class Agent:
     def on_roster(self, text: str) -> None:
         self.heard_ns = self.world.now_ns
         roster = self.world.decoded(text)
-        if newest((roster, self.roster)) is roster:
+        if roster.term >= self.roster.term:
             self.roster = roster
+            self.answer(("learnt", roster.term, roster.number))
 
     def on_beat(self) -> None:
         self.heard_ns = self.world.now_ns
@@ -214,8 +228,6 @@ class Agent:
         for process in self.running.values():
             process.end()
         self.running, self.slots, self.live, self.finished = {}, {}, {}, {}
-        if TESTIFIES and self.me.index >= 0:
-            self.me.former = (*self.me.former, self.me.index)
         self.me.index = -1
         if self.pipe is not None:
             pipe, self.pipe = self.pipe, None
@@ -246,7 +258,13 @@ class Caller:
     agent: Agent
     told: Host
     ranks: list[tuple[int, int, int]]
-    text: str
+    roster: Roster
     pipe: Pipe
+    promised: Term
+    asked: Term = FIRST
     welcomed: bool = False
     backlog: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def current(self) -> bool:
+        """Whether its agent still listens to this stream."""
+        return self.agent.pipe is self.pipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.launcher.actions import (
     Action,
@@ -18,11 +18,12 @@ from holdfast.launcher.actions import (
     Tell,
     Welcome,
 )
-from holdfast.launcher.hosts import BEAT_NS, PROBE_NS, Roster, has_quorum, newest
+from holdfast.launcher.council import Ask, Elected, Election, Try
+from holdfast.launcher.hosts import BEAT_NS, PROBE_NS, Roster, Term
 from holdfast.launcher.job import Job
 from holdfast.launcher.slots import Joined
 
-from .agent import TESTIFIES, Agent, Caller
+from .agent import Agent, Caller
 from .network import MS, Pipe, S
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Coordinator:
         self.all: list[Caller] = []
         self.ranks: dict[int, tuple[Process, Pipe]] = {}
         self.early: list[tuple[Process, Pipe, int, int, list[tuple[str, int, object]]]] = []
-        self.dead: set[int] = set()
+        self.election = Election(self.address)
         self.asking: set[int] = set()
         self.due_ns = 1 << 62
 
@@ -53,8 +54,12 @@ class Coordinator:
 
     def agent_hello(self, caller: Caller) -> None:
         if not self.alive:
+            caller.pipe.close(1)  # its kernel resets what was on its way to it
             return
         self.all.append(caller)
+        if self.job is not None and caller.promised > self.job.term:
+            self.world.resigned += 1
+            self.leave_charge()
         if self.job is not None:
             self.welcome(caller)
             return
@@ -71,7 +76,11 @@ class Coordinator:
     def welcome(self, caller: Caller) -> None:
         assert self.job is not None
         actions = self.job.on_agent_hello(self.world.now_ns, caller.told, caller.ranks)
-        self.agents[caller.told.index] = caller
+        index, term = caller.told.index, self.job.term
+        if Welcome(index, fenced=True) in actions:
+            caller.pipe.send(1, lambda: caller.agent.on_welcome(index, True, term) if caller.current() else None)
+            return
+        self.agents[index] = caller
         caller.welcomed = True
         self.do(actions)
         self.beat(caller)
@@ -82,6 +91,16 @@ class Coordinator:
         if self.alive and caller.pipe.open[1]:
             caller.pipe.send(1, caller.agent.on_beat)
             self.world.after(BEAT_NS, lambda: self.beat(caller))
+
+    def agent_answers(self, caller: Caller, what: tuple[Any, ...]) -> None:
+        """Promised, learnt: what is said to one coordinator, on one stream."""
+        if not self.alive:
+            return
+        if what[0] == "promised" and caller in self.candidates:
+            caller.promised = what[1]
+            self.elect()
+        elif what[0] == "learnt" and self.job is not None and self.agents.get(caller.told.index) is caller:
+            self.do(self.job.on_agent_learnt(self.world.now_ns, caller.told.index, what[1], what[2]))
 
     def agent_says(self, caller: Caller, what: str, rank: int, incarnation: int) -> None:
         if not caller.welcomed:
@@ -117,6 +136,7 @@ class Coordinator:
 
     def rank_hello(self, process: Process, pipe: Pipe, generation: int, live: int) -> None:
         if not self.alive:
+            pipe.close(1)
             return
         if self.job is None:
             entry = (process, pipe, generation, live, [])
@@ -175,33 +195,30 @@ class Coordinator:
     def elect(self) -> None:
         if self.job is not None or not self.candidates or not self.alive:
             return
-        rosters = [self.world.decoded(caller.text) for caller in self.candidates]
-        roster = newest(rosters)
-        if not roster.members:
-            return
-        voters = {rank: host for rank, (_, host) in roster.members.items()}
-        former = {n for caller in self.candidates for n in caller.told.former} if TESTIFIES else set()
-        heard = {caller.told.index for caller in self.candidates} | former
-        proven = {host.index for host in roster.hosts if host.proven}
-        dead = (self.dead | proven) - heard
-        if has_quorum(voters, heard, dead):
-            self.take_over(roster)
-            return
-        for host in roster.hosts:
-            if host.index not in heard | dead | self.asking:
-                self.try_door(host.index, host.door)
+        match self.election.next(self.candidates):
+            case Elected(term, roster):
+                self.take_over(term, roster)
+            case Ask(term, indices):
+                for caller in [self.candidates[index] for index in indices]:
+                    caller.asked = term
+                    caller.pipe.send(1, lambda c=caller, t=term: c.agent.on_promise(t) if c.current() else None)
+            case Try(hosts):
+                for host in hosts:
+                    if host.index not in self.asking:
+                        self.try_door(host.index, host.door)
 
-    def take_over(self, roster: Roster) -> None:
+    def take_over(self, term: Term, roster: Roster) -> None:
         self.world.takeovers += 1
         roster = Roster.decoded(roster.encoded())  # its hosts become the job's own
-        self.job = Job.from_roster(self.world.size, roster, self.world.now_ns, **self.world.options)
+        self.job = Job.from_roster(self.world.size, roster, self.world.now_ns, term=term, **self.world.options)
         callers, self.candidates = sorted(self.candidates, key=lambda caller: caller.told.index), []
         for caller in callers:
-            self.welcome(caller)
-        for index in sorted(self.dead):
+            if self.job is not None:
+                self.welcome(caller)
+        for index in sorted(self.election.dead):
             if self.job is not None:
                 self.do(self.job.on_probe(self.world.now_ns, index, refused=True))
-        self.dead = set()
+        self.election = Election(self.address)
         early, self.early = self.early, []
         for process, pipe, generation, live, waiting in early:
             if pipe.open[1]:
@@ -212,8 +229,14 @@ class Coordinator:
 
     def step_down(self) -> None:
         self.world.stepped_down += 1
+        assert self.job is not None
         for caller in list(self.agents.values()):
-            caller.pipe.send(1, lambda c=caller: c.agent.on_welcome(-1, True) if c.agent.caller is c else None)
+            caller.pipe.send(
+                1, lambda c=caller, t=self.job.term: c.agent.on_welcome(-1, True, t) if c.current() else None
+            )
+        self.leave_charge()
+
+    def leave_charge(self) -> None:
         self.job = None
         for _, pipe in self.ranks.values():
             pipe.close(1)
@@ -225,7 +248,7 @@ class Coordinator:
         machine = self.world.machine_at(door)
         self.asking.add(index)
         reached = self.world.reach(self.machine, machine)
-        refused = reached and (machine.agent is None or machine.address != door)
+        refused = self.world.refuses(self.machine, door)
 
         def again() -> None:
             self.asking.discard(index)
@@ -235,7 +258,7 @@ class Coordinator:
             if self.job is not None and self.alive:
                 self.do(self.job.on_probe(self.world.now_ns, index, refused=refused))
             elif refused:
-                self.dead.add(index)
+                self.election.dead.add(index)
             self.world.after(0 if refused or self.job is not None else PROBE_NS, again)
 
         if reached:
@@ -263,7 +286,9 @@ class Coordinator:
                     if host not in self.asking:
                         self.try_door(host, door)
                 case Welcome(host, fenced):
-                    self.to_agent(host, lambda agent, h=host, f=fenced: agent.on_welcome(h, f))
+                    assert self.job is not None
+                    term = self.job.term
+                    self.to_agent(host, lambda agent, h=host, f=fenced, t=term: agent.on_welcome(h, f, t))
                 case Adopt(host, rank, incarnation):
                     self.to_agent(host, lambda agent, r=rank, i=incarnation: agent.on_adopt(r, i))
                 case Tell(roster, topology):
@@ -272,6 +297,8 @@ class Coordinator:
                     for host, text in topology.items():
                         told = self.world.topology(text)
                         self.to_agent(host, lambda agent, t=told: agent.machine.topology(*t))
+                    if self.job is not None and self.job.council.proposed is not None:
+                        self.world.happens("propose", self.machine)
                 case JobDone():
                     self.world.finish(self)
                 case StepDown():
@@ -288,7 +315,7 @@ class Coordinator:
     def to_agent(self, host: int, call: Callable[[Agent], None]) -> None:
         caller = self.agents.get(host)
         if caller is not None:
-            caller.pipe.send(1, lambda: call(caller.agent) if caller.agent.pipe is caller.pipe else None)
+            caller.pipe.send(1, lambda: call(caller.agent) if caller.current() else None)
 
     def set_timer(self) -> None:
         due = self.job.next_tick_ns() if self.job is not None else None

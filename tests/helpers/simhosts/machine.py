@@ -145,6 +145,8 @@ class Machine:
         half = choose_half(self.whole(), self.keep, self.everywhere)
         self.parity[half], self.filling = None, True
         self.world.happens("encode", self)
+        if any(kept.placement != placement.number for kept in self.whole()):
+            self.world.happens("re-encode", self)  # old parity is needed until the new one is everywhere
         boot, me = self.boot, self.me
 
         def whole() -> None:

@@ -2,7 +2,7 @@
 
 * a Form's sources exist: live, whole on that host, or at least k shards of every stripe;
 * a step is never applied by two memberships that both go on; a generation has one Form that anybody acts on;
-* those who form are a majority of the newest membership that did anything, but for the truly dead;
+* those who form are a majority of the newest membership that was formed, but for the truly dead;
 * the job stops only if the state is really gone, and hangs only if no majority is left.
 """
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from holdfast.launcher.actions import Form, StopJob
-from holdfast.launcher.hosts import has_quorum
+from holdfast.launcher.council import Election, Try, may_elect
+from holdfast.launcher.hosts import has_quorum, newest
 from holdfast.proto.ids import NO_STEP
 
-from .agent import TESTIFIES
+from .agent import Caller
 from .rank import UNTIL
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Oracle:
     def holds(self, slot: int, step: int, among: set[Machine]) -> bool:
         raise NotImplementedError
 
+    def machine_at(self, address: str) -> Machine:
+        raise NotImplementedError
+
     def peers(self, rank: int) -> tuple[int, ...]:
         raise NotImplementedError
 
@@ -50,6 +54,7 @@ class Oracle:
         self.newest_commit = -1
         self.every: dict[tuple[int, int], Process] = {}  # by rank and incarnation
         self.voters: dict[int, Agent] = {}  # of the newest membership that did anything
+        self.sent: dict[int, Agent] = {}  # of the newest that was formed
         self.left: set[int] = set()
         self.applied: dict[tuple[int, int], Process] = {}
         self.stopped: StopJob | None = None
@@ -66,6 +71,7 @@ class Oracle:
         self.orders[id(form)] = len(self.forms) - 1
         members = {rank: self.member(rank, incarnation) for rank, incarnation, _, _ in form.members}
         self.check_side(form, coordinator, members)
+        self.sent = {rank: self.every[rank, incarnation].agent for rank, incarnation, _, _ in form.members}
         if all(
             process is not None and self.reach(process.machine, coordinator.machine) for process in members.values()
         ):
@@ -82,10 +88,11 @@ class Oracle:
         return next((p for p in self.processes() if (p.rank, p.incarnation) == (rank, incarnation)), None)
 
     def check_side(self, form: Form, coordinator: Coordinator, members: dict[int, Process | None]) -> None:
-        """Those who form are a majority of the newest generation that did anything, but for the truly dead."""
-        numbers = {agent: number for number, agent in enumerate(dict.fromkeys(self.voters.values()))}
-        voters = {rank: numbers[agent] for rank, agent in self.voters.items()}
-        dead = {number for agent, number in numbers.items() if not agent.alive or agent.me.index != agent.voted}
+        """Those who form are a majority of the newest generation that was formed, but for the truly dead."""
+        before = self.sent or self.voters
+        numbers = {agent: number for number, agent in enumerate(dict.fromkeys(before.values()))}
+        voters = {rank: numbers[agent] for rank, agent in before.items()}
+        dead = {number for agent, number in numbers.items() if not agent.alive}
         here = {p.agent for p in members.values() if p is not None}
         here |= {caller.agent for caller in coordinator.agents.values()}
         heard = {numbers[agent] for agent in here if agent in numbers}
@@ -178,8 +185,6 @@ class Oracle:
         homes = {p.machine for p in members}
         self.unasked = self.recoverable(machines, members) > self.recoverable(homes, members)
         step = self.recoverable(homes, members)
-        if not TESTIFIES and coordinator.job._rebuilding[1]:
-            step = -1  # parity under a number that its host has no more: counted on, and not found
         if (
             stop.exit_code == 1
             and "no host came" not in stop.reason
@@ -188,19 +193,40 @@ class Oracle:
             raise AssertionError(f"{self}: stopped although step {step} could be had: {stop.reason}")
         self.stopped = stop
 
+    def would_elect(self, machine: Machine) -> bool:
+        """Whether all agents that can reach that machine, together, would put its coordinator in charge."""
+        election = Election(machine.address)
+        asking = [
+            Caller(m.agent, m.agent.me, [], m.agent.roster, None, m.agent.promised)
+            for m in self.machines
+            if m.agent is not None and self.reach(m, machine)
+        ]
+        doors = {h.index: h.door for caller in asking for h in caller.roster.hosts}
+        election.dead = {index for index, door in doors.items() if self.refuses(machine, door)}
+        return not isinstance(election.next(asking), Try)
+
+    def refuses(self, machine: Machine, door: str) -> bool:
+        """Whether an agent's death is certain there."""
+        other = self.machine_at(door)
+        return self.reach(machine, other) and (other.agent is None or other.address != door)
+
     def quorum_is_left(self) -> bool:
         """Whether those of the newest membership who live, and can hear each other, could decide."""
         if self.newest_commit < 0:
             return False  # before the first generation only the first coordinator may decide
-        if not TESTIFIES and any(m.agent is not None and m.agent.me.index < 0 for m in self.machines):
-            return False
         numbers = {agent: number for number, agent in enumerate(dict.fromkeys(self.voters.values()))}
         voters = {rank: numbers[agent] for rank, agent in self.voters.items()}
         for machine in self.machines:
             if machine.agent is None or not machine.agent.roster.members:
                 continue
-            heard = {n for agent, n in numbers.items() if agent.alive and self.reach(agent.machine, machine)}
+            if self.would_elect(machine):
+                return True
+            there = [m.agent.roster for m in self.machines if m.agent is not None and self.reach(m, machine)]
+            if newest(there).generation > self.forms[self.newest_commit][0].generation:
+                continue  # for all that they can know, ranks act on newer members than those
+            heard = {agent: n for agent, n in numbers.items() if agent.alive and self.reach(agent.machine, machine)}
+            here = {number for agent, number in heard.items() if agent.me.index == agent.voted}
             dead = {n for agent, n in numbers.items() if not agent.alive and self.reach(agent.machine, machine)}
-            if has_quorum(voters, heard, dead):
+            if may_elect(voters, here, set(heard.values()) - here, dead):
                 return True
         return False

@@ -215,6 +215,7 @@ class Process:
             if self.alive and self.machine.can_rebuild(slot, step):
                 self.machine.put(slot, half, step)
                 self.world.rebuilt += 1
+                self.world.copied(step)
                 self.rebuild(form, slots)
             else:
                 self.fail(f"slot {slot} cannot be rebuilt")

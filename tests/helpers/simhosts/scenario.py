@@ -31,6 +31,7 @@ class Scenario:
     replicas: int = 1
     redundancy: str = "auto"
     spread: bool = True
+    until_ns: int = 200_000_000_000  # after which it hangs, if it has not ended
     faults: tuple[Fault, ...] = ()
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from holdfast.ckpt.memory.placement import Placement, survivable
 from holdfast.launcher.actions import Form
-from holdfast.launcher.hosts import Roster, has_quorum
+from holdfast.launcher.hosts import Roster
 from holdfast.launcher.job import Job
 from holdfast.runtime.gather import Kept
 
@@ -48,7 +48,7 @@ class World(Oracle):
         self.fired: list[str] = []
         self.seen: dict[str, int] = {}
         self.faults = list(scenario.faults)
-        self.takeovers = self.stepped_down = self.self_fenced = self.rebuilt = self.skipped = 0
+        self.takeovers = self.stepped_down = self.resigned = self.self_fenced = self.rebuilt = self.skipped = 0
         self.rosters: dict[str, Roster] = {}
         self.topologies: dict[str, tuple[int, int, dict[int, str], Placement | None]] = {}
         self.layouts: dict[str, Placement] = {}
@@ -99,10 +99,10 @@ class World(Oracle):
     def step_ns(self) -> int:
         return self.chance.randrange(self.step_ms * MS)
 
-    def run(self, until_ns: int = 200 * S) -> World:
+    def run(self) -> World:
         while self.queue and not self.done and self.stopped is None:
             self.now_ns, _, call = heapq.heappop(self.queue)
-            if self.now_ns > until_ns:
+            if self.now_ns > self.scenario.until_ns:
                 break
             call()
             assert self.ticks < 50_000, f"{self}: the coordinator's timer never rests"
@@ -256,7 +256,7 @@ class World(Oracle):
         if leader is None or leader.job is None:
             return False
         left = {m.agent.me.index for m in self.machines if m.agent is not None and m not in victims}
-        return has_quorum(leader.job._voters, left, leader.job.book.dead())
+        return leader.job.council.decides(left, leader.job.book.dead())
 
     def cut(self, victims: list[Machine], lasts_ns: int) -> None:
         cut = frozenset(m.number for m in victims)
