@@ -29,7 +29,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help venv demo test interop test-interop interop-smoke check format types proto links chaos bench \
+.PHONY: help venv demo demo-neighbours test interop test-interop interop-smoke check format types proto links chaos bench \
 	bench-checkpoints clean
 .DEFAULT_GOAL := help
 
@@ -40,6 +40,9 @@ venv: $(VENV)/.installed  ## virtual environment with torch, our wheel and the t
 
 demo: venv  ## train on four processes, kill some, compare with an undisturbed run
 	$(BIN)/python examples/demo.py $(ARGS)
+
+demo-neighbours: venv  ## killed stages rebuilt from their neighbours, no snapshots; loss.svg shows both curves
+	$(BIN)/python examples/demo_neighbours.py $(ARGS)
 
 # Tests of one process share the cores; those that start jobs run one at a time, or their deadlines would mean little.
 # pytest exits with 5 where ARGS selects nothing of a part: that is no failure of the other.

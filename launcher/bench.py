@@ -24,6 +24,7 @@ BENCHMARKS: Final = {
     "cycles": "200 kills in one job: descriptors, threads, memory flat",
     "checkpoints": "convert, adopt, export, save, load and verify, against DeepSpeed's tools, DCP and safetensors",
     "campaign": "seeded faults at every point of a step; every run bit-identical to the unbroken one",
+    "convergence": "CheckFree, CheckFree+, stale stage, rollback: loss under the same failures",
 }
 
 
