@@ -112,10 +112,11 @@ $(VENV)/.torch:
 	$(BIN)/pip install -q 'setuptools>=77'
 	@touch $@
 
-# One stamp for the wheel, its dependencies and the tools: the second call costs a stat of each source file.
+# One stamp for the wheel, its dependencies and the tools: the second call costs a stat of each source file. It is
+# of the time of the copy: what is edited while pip works is newer, and not yet installed.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT \
+	@touch $@.begun && copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT \
 		&& cp -R $(PACKAGES) $(METADATA) "$$copy" && find "$$copy" -name __pycache__ -prune -exec rm -rf {} + \
 		&& echo "$(BIN)/pip install holdfast[dev]" \
 		&& $(BIN)/pip install -q --no-build-isolation "holdfast[dev] @ file://$$copy"
-	@touch $@
+	@mv $@.begun $@

@@ -26,7 +26,7 @@ from typing import Any
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain.py"
 ZERO1 = "DP=2xPP=2 ZeRO-1"
 LAYOUTS = {"PP=4": ["--stages", "4"], "DP=2xPP=2": ["--stages", "2"], ZERO1: ["--stages", "2"]}
-OPTIONS = {ZERO1: ["--zero", "1"]}
+OPTIONS = {ZERO1: ["--zero", "1"]}  # of `holdfast run`; those above are the script's
 WORLD_SIZE, MICROBATCHES, STEPS = 4, 8, 40
 POINTS = ("forward", "backward", "exchange", "commit", "optimizer", "applied", "snapshot", "user")
 
@@ -94,7 +94,7 @@ class Run:
         return [event for event in self.events if event["event"] == "recovery"]
 
 
-def run_job(arguments: list[str], *, options: list[str] | None = None, timeout_s: float = 300.0) -> Run:
+def run_job(layout: str, faults: list[str] | None = None, *, timeout_s: float = 300.0) -> Run:
     """`holdfast run` with 4 ranks of the example; waits for its end. Kills it (and so all of it) at the deadline."""
     import torch  # noqa: F401  (the comparison needs it; fail early)
     from safetensors.torch import load_file
@@ -104,9 +104,9 @@ def run_job(arguments: list[str], *, options: list[str] | None = None, timeout_s
         command = [
             sys.executable, "-m", "holdfast.launcher.cli", "run", "--nproc-per-node", str(WORLD_SIZE),
             "--standbys", "2", "--lease-min", "1.0", "--events", str(folder / "events.jsonl"),
-            *(options or []), str(SCRIPT),
+            *OPTIONS.get(layout, []), "--faults", ";".join(faults or []), str(SCRIPT),
             "--preset", "tiny", "--steps", str(STEPS), "--microbatches", str(MICROBATCHES), "--microbatch-size", "2",
-            "--context", "32", "--validate-every", "16", "--out", str(folder / "state"), *arguments,
+            "--context", "32", "--validate-every", "16", "--out", str(folder / "state"), *LAYOUTS[layout],
         ]  # fmt: skip
         started = time.monotonic()
         process = subprocess.Popen(
@@ -156,14 +156,13 @@ def main() -> int:
     summary: dict[str, Any] = {"benchmark": "campaign", "kills": 0, "runs": 0, "failed": [], "points": Counter()}
     totals: list[float] = []
     for layout in arguments.layouts:
-        options, more = LAYOUTS[layout], OPTIONS.get(layout, [])
-        reference = run_job(options, options=more)
+        reference = run_job(layout)
         if reference.code:
             print(reference.output)
             return 1
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             faults = plan_faults(seed, layout, arguments.kills, tuple(arguments.kinds.split(",")))
-            run = run_job(options, options=["--faults", ";".join(faults), *more])
+            run = run_job(layout, faults)
             wrong = verify(run, reference, faults)
             print(
                 f"{layout} seed {seed}: {len(faults)} faults, {run.seconds:.0f} s: {'; '.join(wrong) or 'equal'}",

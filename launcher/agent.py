@@ -1,4 +1,5 @@
-"""torch's elastic agent, with one change: a lost rank of a managed job is replaced alone; the others live on.
+"""torch's elastic agent, with two changes: a lost rank of a managed job is replaced alone, the others live on; and
+Python programs are forked from the zygote where it can be had, so that torch is imported once and not by each rank.
 
     torchrun's loop ──▶ _start_workers ──▶ services up, ranks started by torch, handed to the Supervisor
                     ──▶ _monitor_workers ─▶ managed? HEALTHY while a replacement is under way : torch's own
@@ -13,6 +14,7 @@ runs beside the ranks (site.py).
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -25,9 +27,14 @@ from torch.distributed.elastic.multiprocessing.api import SignalException, Subpr
 
 from .bootstrap import own_address, publish, receive
 from .site import Host, Options, Site
+from .standby import Standby
 from .starter import Program, python_argv
+from .zygote import Assignment
+
+multiprocessing: Any = importlib.import_module("torch.distributed.elastic.multiprocessing.api")
 
 _NEEDED: Final = {
+    multiprocessing: ("get_subprocess_handler",),
     LocalElasticAgent: ("_start_workers", "_monitor_workers", "_shutdown", "_stop_workers", "_exit_barrier"),
     SubprocessContext: ("_start", "_poll", "_close", "pids"),
 }
@@ -67,7 +74,9 @@ class HoldfastAgent(LocalElasticAgent):
             self._host = self._open_host(worker_group)
         supervisor, ours = self._host.supervisor, self._host.environment(self._epoch)
         supervisor.attached = False
-        with supervisor.locked(), _environment(ours):
+        forkable = python_argv(spec.entrypoint, tuple(spec.args)) is not None and spec.numa_options is None
+        standbys = supervisor.first_standbys(spec.local_world_size) if forkable else []
+        with supervisor.locked(), _environment(ours), _forked(standbys):
             pids: dict[int, Any] = super()._start_workers(worker_group)
             context = self._pcontext
             if isinstance(context, SubprocessContext):
@@ -165,6 +174,32 @@ class HoldfastAgent(LocalElasticAgent):
         finally:
             if self._host is not None:
                 self._host.close(stopped=isinstance(sys.exception(), SignalException))
+
+
+@contextlib.contextmanager
+def _forked(standbys: list[Standby]) -> Iterator[None]:
+    """Let torch start its ranks in these; the rest, if any, as fresh processes."""
+    stock = multiprocessing.get_subprocess_handler
+
+    def start(**given: Any) -> Any:
+        python = python_argv(given["entrypoint"], given["args"])
+        assert python is not None
+        argv, is_module = python
+        assignment = Assignment({**os.environ, **given["env"]}, list(argv), is_module, os.getcwd())
+        logs = {"stdout": given["stdout"] or "", "stderr": given["stderr"] or ""}
+        while standbys:
+            handler = standbys.pop().become(given["local_rank_id"], assignment, **logs)
+            if handler is not None:
+                return handler
+        return stock(**given)
+
+    multiprocessing.get_subprocess_handler = start if standbys else stock
+    try:
+        yield
+    finally:
+        multiprocessing.get_subprocess_handler = stock
+        for standby in standbys:
+            standby.discard()
 
 
 @contextlib.contextmanager

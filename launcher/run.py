@@ -41,6 +41,7 @@ from .options import add_options
 from .processes import tell
 from .recovering import plan_recovering
 from .saving import check_history, plan_saving
+from .standby import begin_early
 
 if TYPE_CHECKING:
     from .site import Options
@@ -295,8 +296,6 @@ def launch(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     folder = RunFolder(arguments, fields["job"])
     if arguments.max_restarts is None:
         arguments.max_restarts = 0
-    # Stock restarts of the whole group find the dead ranks' addresses in the shared store and fail with gloo.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = Options(events=folder.events, run_dir=folder.folder, **fields)
     if arguments.nnodes not in ("1", "1:1"):
         _place(arguments)
@@ -377,13 +376,17 @@ def _signals(names: str) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `holdfast run`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # Stock restarts of the whole group find the dead ranks' addresses in the shared store and fail with gloo.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    zygote = begin_early(argv, os.environ)  # what takes longest first: it imports while we do
     # The first host may be lost: torch's rendezvous in C++ would print a stack for each word it cannot say to it.
     quiet = os.environ.setdefault(CPP_LOG, "ERROR") == "ERROR"
     try:
-        arguments, fields = parse(sys.argv[1:] if argv is None else argv)
+        arguments, fields = parse(argv)
         if quiet:
             del os.environ[CPP_LOG]  # read by now, and not meant for the ranks
-        launch(arguments, fields)
+        launch(arguments, fields | {"zygote": zygote})
     except Stopped as stopped:
         if stopped.message:
             print(f"holdfast: error: {stopped.message}", file=sys.stderr)
@@ -393,6 +396,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130  # nothing had started
+    finally:
+        if zygote is not None:
+            zygote.close()
     return 0
 
 

@@ -35,7 +35,7 @@ from .saving import SaverProcess, Saving
 from .services import Coordinator, SnapshotManager
 from .session import CoordinatorSession, Hooks
 from .sharing import mark, refusal
-from .standby import StandbyPool
+from .standby import StandbyPool, Zygote
 from .supervisor import Supervisor
 
 FENCE_PART: Final = 0.8
@@ -65,6 +65,7 @@ class Options:
     zero: str
     recovering: Recovering
     saving: Saving
+    zygote: Zygote | None = None  # started already
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +260,7 @@ class Host:
                 preload=options.preload,
                 environment={**os.environ},
                 on_change=self._supervisor.on_pool_change,
+                early=options.zygote,
             )
         self._supervisor.listen(socket_name, pool, self._service_pids)
 

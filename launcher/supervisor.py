@@ -32,14 +32,15 @@ from .detector import Death, Health, Limits, Refuse, Verdict, decide_replacement
 from .guests import guest_program
 from .link import AgentSocket, Welcome
 from .loop import Loop
-from .processes import kill_sessions, reap_orphans, tell
+from .processes import RankHandler, kill_sessions, reap_orphans, tell
 from .session import CoordinatorSession
-from .standby import StandbyPool
+from .standby import Standby, StandbyPool
 from .starter import Program, Started, Starter
 from .watcher import TICK_S, Page, Slot, State, Watcher, exit_fields
 
 REFILL_S: Final = 2.0  # standbys are refilled when the rank has committed again, at the latest after this
 HOUSEKEEPING_S: Final = 1.0
+FIRST_FORKS_S: Final = 60.0  # longest wait for the zygote's imports; each fresh rank would need as long for its own
 UNKILLABLE_S: Final = 30.0
 GONE_S: Final = 120.0  # a host without ranks waits so long for a coordinator that does not answer
 HEARD_S: Final = 0.5  # what this host has just said reaches the coordinator meanwhile
@@ -136,12 +137,16 @@ class Supervisor:
                 slot.open(self._watcher.clock_ns)
                 self._watcher.slots[local_rank] = slot
                 self._sessions.add(slot.proc.pid)
-                self._tell_started(slot, "fresh")
+                self._tell_started(slot, "standby" if isinstance(handler, RankHandler) else "fresh")
             self._frozen, self.attached = False, True
 
     def several_hosts(self, fence_s: float) -> None:
         """This is one host of several: it ends with the job, and its ranks end after so long without a coordinator."""
         self._several, self._fence_s = True, fence_s
+
+    def first_standbys(self, count: int) -> list[Standby]:
+        """Standbys for all ranks of a start (before it: not under the lock); none if they are not to be had."""
+        return self._pool.claim(count, FIRST_FORKS_S) if self._pool is not None else []
 
     def stand_by(self, template: Program) -> None:
         """A host without ranks of its own, until it is given some."""

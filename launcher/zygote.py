@@ -116,10 +116,20 @@ def serve(control: socket.socket) -> socket.socket:
             if os.fork():
                 os._exit(0)  # its child becomes the agent's, which can then wait for it
             os.setsid()
+            show("standby")
             return socket.socket(fileno=descriptors[0])
         for descriptor in descriptors:
             os.close(descriptor)
         os.waitpid(child, 0)
+
+
+def show(what: str) -> None:
+    """What `ps` shows this process as, cut to the room that the zygote's arguments took. The environment stays."""
+    try:
+        from setproctitle import setproctitle
+    except ImportError:
+        return
+    setproctitle(f"holdfast {what}")
 
 
 # ---- standby ---------------------------------------------------------------------------------------------
@@ -197,6 +207,7 @@ def become(assignment: Assignment) -> Callable[[], object]:
         numpy.random.seed()  # all children of one zygote would else draw the same numbers
     script = assignment.argv[0]
     sys.argv = list(assignment.argv)
+    show(f"rank {assignment.environment.get('RANK', '?')}: {' '.join(sys.argv)}")
     if assignment.is_module:
         _put_first_on_path(assignment.cwd)
         return lambda: runpy.run_module(script, run_name="__main__", alter_sys=True)
@@ -278,7 +289,9 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser(prog="holdfast-zygote", description="forks warm standbys for the agent")
     parser.add_argument("fd", type=int, help="descriptor of the socket to the agent")
     parser.add_argument("--preload", default="", help="modules to import besides ours, separated by commas")
+    parser.add_argument("--room", help="any text: what `ps` shows of ranks is as long as all these arguments at most")
     arguments = parser.parse_args()
+    show("zygote")
     if not sys.flags.safe_path:
         sys.path.pop(0)  # `python -m` put the working directory there; a script gets its own folder
     # Same meaning as for a rank: --preload finds modules beside the working directory's code.

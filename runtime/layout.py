@@ -83,7 +83,11 @@ class Layout:
         return alone(plan) if self.single else plan
 
     def validation(self, microbatches: int) -> Plan:
-        """A plan of forwards in order, which hosts what the training plan hosts."""
+        """A plan of forwards in order, which hosts what the training plan hosts.
+
+        With fewer microbatches than replicas it is of one each: those beyond the data are left out when it is run.
+        """
+        microbatches = max(microbatches, self.replicas)
         if not self.swap:
             return self._chain(microbatches, self.config.split)
         plan = self._chain(microbatches, swap_split(self.units, self.blocks, self.stages, self.config.split))
@@ -99,7 +103,7 @@ class Layout:
             units=self.units,
             stages=self.stages,
             replicas=self.replicas,
-            microbatches=max(microbatches, self.replicas),
+            microbatches=microbatches,
             interleave=self.config.interleave,
             schedule=self.config.schedule,
             split=split,

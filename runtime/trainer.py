@@ -224,6 +224,11 @@ class Trainer:
                         f"{self._engine.step} (was {before}) after {(time.monotonic() - started) * 1e3:.0f} ms"
                         f"{inexact}"
                     )
+            except BaseException:
+                # It ends the process, as a rule, and to print where it came from may take a while: that is no hang.
+                self._session.lease.warm_up()
+                self._session.lease.renew(self._session.lease.phase)
+                raise
 
     def _guarded(self, call: Any) -> None:
         try:

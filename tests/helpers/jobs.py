@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,10 @@ class Ended:
 
     def state(self) -> dict[str, Any]:
         """Final state by name; what several ranks hold must be equal, what each holds a part of is put together."""
-        import torch
         from safetensors.torch import load_file
 
-        whole: dict[str, Any] = {}
-        parts: dict[str, list[tuple[int, Any]]] = {}
-        for path in sorted((self.folder / "out").glob("*.safetensors")):
-            for name, tensor in load_file(path).items():
-                base, _, region = name.partition("[")
-                if region:
-                    parts.setdefault(base, []).append((int(region.partition(":")[0]), tensor))
-                else:
-                    assert torch.equal(whole.setdefault(name, tensor), tensor), f"replicas differ in {name}"
-        for name, found in parts.items():
-            shape = whole[name.partition("@")[0]].shape
-            whole[name] = torch.cat([tensor for _, tensor in sorted(found, key=lambda part: part[0])]).view(shape)
-        return whole
+        paths = sorted((self.folder / "out").glob("*.safetensors"))
+        return put_together(item for path in paths for item in load_file(path).items())
 
     def state_by_rank(self) -> dict[str, Any]:
         """Final state by file and name."""
@@ -73,6 +62,24 @@ class Ended:
             if event["event"] == "rank_started":
                 counts[event["rank"]] = counts.get(event["rank"], 0) + 1
         return counts
+
+
+def put_together(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Whole tensors by name, of tensors that may come several times (equal then) or in parts `name[start:stop]`."""
+    import torch
+
+    whole: dict[str, Any] = {}
+    parts: dict[str, list[tuple[int, Any]]] = {}
+    for name, tensor in named:
+        base, _, region = name.partition("[")
+        if region:
+            parts.setdefault(base, []).append((int(region.partition(":")[0]), tensor))
+        else:
+            assert torch.equal(whole.setdefault(name, tensor), tensor), f"replicas differ in {name}"
+    for name, found in parts.items():
+        shape = whole[name.partition("@")[0]].shape
+        whole[name] = torch.cat([tensor for _, tensor in sorted(found, key=lambda part: part[0])]).view(shape)
+    return whole
 
 
 def execute(

@@ -182,9 +182,10 @@ def test_a_killed_rank_is_replaced_alone_by_a_standby_and_its_log_goes_on(job: J
 
 
 def standbys(job: Job) -> list[int]:
-    """Forks of the zygote that wait for an assignment: its command line, a session of their own, asleep."""
-    zygotes = [pid for pid, command in job.processes().items() if "launcher.zygote" in command]
-    return [pid for pid in zygotes if pid > min(zygotes) and os.getsid(pid) == pid and is_asleep(pid)]
+    """Forks of the zygote that wait for an assignment."""
+    return [
+        pid for pid, command in job.processes().items() if command.startswith("holdfast standby") and is_asleep(pid)
+    ]
 
 
 def is_asleep(pid: int) -> bool:
@@ -303,7 +304,7 @@ def test_a_killed_coordinator_is_restarted_and_the_ranks_learn_its_address(job: 
 def test_a_killed_zygote_is_replaced_and_costs_only_warmth(job: Job) -> None:
     job.start("--nproc-per-node", "1", MANAGED, "30", "0.1")
     job.await_ups((0, 0))
-    zygote = next(pid for pid, command in job.processes().items() if "launcher.zygote" in command)
+    zygote = next(pid for pid, command in job.processes().items() if command.startswith("holdfast zygote"))
     os.kill(zygote, signal.SIGKILL)
     os.kill(job.ups()[0, 0], signal.SIGKILL)
     job.await_ups((0, 1))
@@ -385,24 +386,59 @@ def taken_port(job: Job) -> str:
     return match[1]
 
 
-def test_modules_exit_codes_and_tracebacks_are_pythons_own_in_a_standby(job: Job) -> None:
-    (job.folder / "pack").mkdir()
-    (job.folder / "pack" / "__init__.py").write_text("")
-    (job.folder / "pack" / "train.py").write_text((SCRIPTS / "identity.py").read_text())
-    job.env["PYTHONPATH"] = str(SCRIPTS)
-    assert job.run("--nproc-per-node", "1", "-m", "pack.train", "argument") == 0, job.err
-    fresh, forked = (json.loads(line) for line in job.out.splitlines())
-    assert (fresh.pop("incarnation"), forked.pop("incarnation")) == (0, 1)
-    assert fresh == forked
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_script_in_a_fork_sees_what_a_fresh_process_sees(job: Job, as_module: bool) -> None:
+    """At the first start and as a replacement."""
+    program = [str(SCRIPTS / "identity.py")]
+    if as_module:
+        (job.folder / "pack").mkdir()
+        (job.folder / "pack" / "__init__.py").write_text("")
+        (job.folder / "pack" / "train.py").write_text((SCRIPTS / "identity.py").read_text())
+        job.env["PYTHONPATH"] = str(SCRIPTS)
+        program = ["-m", "pack.train"]
+    options = ["--nproc-per-node", "1", "--job-id", "same", "--log-dir", "logs"]
+    for standbys, source in (("0", "fresh"), ("1", "standby")):
+        assert job.run(*options, "--standbys", standbys, *program, "argument") == 0, job.err
+        started = [event["source"] for event in job.events() if event["event"] == "rank_started"]
+        assert started == [source, source]
+    seen = [json.loads(line) for line in job.out.splitlines()]
+    assert [one.pop("incarnation") for one in seen] == [0, 1, 0, 1]
+    for one in seen:
+        # Of the one run and not of the other; that they are there is compared.
+        one["environment"] |= dict.fromkeys(one["environment"].keys() & PER_RUN)
+    assert seen[1:] == seen[:1] * 3
 
 
-def test_a_script_in_a_standby_sees_what_a_fresh_one_sees(job: Job) -> None:
-    assert job.run("--nproc-per-node", "1", str(SCRIPTS / "identity.py"), "argument") == 0, job.err
-    fresh, forked = (json.loads(line) for line in job.out.splitlines())
-    assert (fresh.pop("incarnation"), forked.pop("incarnation")) == (0, 1)
-    assert fresh == forked
-    started = [event["source"] for event in job.events() if event["event"] == "rank_started"]
-    assert started == ["fresh", "standby"]
+PER_RUN = {
+    "HOLDFAST_COORDINATOR",
+    "HOLDFAST_TOKEN",
+    "HOLDFAST_SMP",
+    "HOLDFAST_AGENT",
+    "MASTER_PORT",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCHELASTIC_RUN_ID",
+}
+
+
+def test_ranks_are_shown_as_what_they_run(job: Job) -> None:
+    job.start("--nproc-per-node", "2", MANAGED, "50", "0.1")
+    job.await_ups((0, 0), (1, 0))
+    titles = [command for command in job.processes().values() if command.startswith("holdfast rank ")]
+    assert job.proc is not None
+    job.proc.terminate()
+    assert sorted(title.split()[:4] for title in titles) == [
+        ["holdfast", "rank", f"{rank}:", str(MANAGED)] for rank in (0, 1)
+    ]
+
+
+def test_without_a_zygote_in_time_the_ranks_start_afresh(job: Job) -> None:
+    """The zygote is killed while it imports: the job loses warmth only."""
+    job.start("--nproc-per-node", "2", MANAGED, "30", "0.1")
+    zygote = wait_until(lambda: [pid for pid, command in job.processes().items() if "launcher.zygote" in command], "it")
+    os.kill(zygote[0], signal.SIGKILL)
+    assert job.wait() == 0, job.err
+    sources = {event["source"] for event in job.events() if event["event"] == "rank_started"}
+    assert sources == {"fresh"}
 
 
 def test_a_rank_of_a_second_host_is_replaced_by_its_own_agent(job: Job) -> None:

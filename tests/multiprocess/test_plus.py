@@ -26,7 +26,7 @@ def test_ends_and_their_partners_are_lost_and_the_edges_are_as_if_nothing_had_ha
     faults = [
         kill(0, 3, "forward:1"),  # S1, with the embedding
         kill(1, 5, "backward:2"),  # S2, with its shadow
-        kill(0, 7, "user"), kill(5, 7, "user"),  # both ends at once
+        kill(5, 7, "backward:0"), kill(0, 6, "join"),  # both ends at once: the first before it can report
         kill(2, 9, "forward:0"),  # a stage in the middle
     ]  # fmt: skip
     arguments = ["--model", "edges", "--split", "2,1,1,1,1,2", "--steps", "11"]

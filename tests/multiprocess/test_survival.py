@@ -15,9 +15,10 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers")]
 
 from campaign import LAYOUTS, SCRIPT, Run, plan_faults, run_job, verify  # noqa: E402
+from jobs import put_together  # noqa: E402
 from recovery import lines  # noqa: E402
 
 DEADLINE_S = 90.0
@@ -26,7 +27,7 @@ DEADLINE_S = 90.0
 @pytest.fixture(scope="module")
 def unbroken() -> dict[str, Run]:
     """The reference of each layout."""
-    runs = {layout: run_job(options) for layout, options in LAYOUTS.items()}
+    runs = {layout: run_job(layout) for layout in LAYOUTS}
     for run in runs.values():
         assert run.code == 0, run.output
     return runs
@@ -37,7 +38,7 @@ def test_seeded_kills_at_every_point_end_with_the_bits_of_the_unbroken_run(
     layout: str, unbroken: dict[str, Run]
 ) -> None:
     faults = plan_faults(11, layout, 9)
-    run = run_job(LAYOUTS[layout], options=["--faults", ";".join(faults)])
+    run = run_job(layout, faults)
     assert verify(run, unbroken[layout], faults) == [], run.output
     assert len(run.recoveries()) >= 5
     assert all(event["exact"] for event in run.recoveries())
@@ -46,9 +47,11 @@ def test_seeded_kills_at_every_point_end_with_the_bits_of_the_unbroken_run(
 def test_layouts_agree_with_each_other(unbroken: dict[str, Run]) -> None:
     import torch
 
-    (one, other) = unbroken.values()
-    assert one.state.keys() == other.state.keys()
-    assert all(torch.equal(one.state[name], other.state[name]) for name in one.state)
+    one = put_together(unbroken["PP=4"].state.items())
+    for layout in LAYOUTS:
+        other = put_together(unbroken[layout].state.items())
+        assert one.keys() == other.keys(), layout
+        assert [name for name in one if not torch.equal(one[name], other[name])] == [], layout
 
 
 def test_a_difference_of_one_bit_is_noticed(unbroken: dict[str, Run]) -> None:
@@ -73,7 +76,7 @@ def test_a_difference_of_one_bit_is_noticed(unbroken: dict[str, Run]) -> None:
 )
 def test_every_kind_of_fault_is_detected_and_survived(kind: str, reason: str, unbroken: dict[str, Run]) -> None:
     faults = [f"rank=2,step=9,at=backward:3,kind={kind}"]
-    run = run_job(LAYOUTS["PP=4"], options=["--faults", faults[0]])
+    run = run_job("PP=4", faults)
     assert verify(run, unbroken["PP=4"], faults) == [], run.output
     (lost,) = [event for event in run.events if event["event"] == "rank_lost"]
     assert reason in lost["reason"]

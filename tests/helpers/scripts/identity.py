@@ -22,16 +22,16 @@ def is_open(descriptor: int) -> bool:
     return os.path.islink(f"/proc/self/fd/{descriptor}")
 
 
-def siblings_of_the_zygote() -> int:
+def standbys() -> tuple[int, int]:
     """How many zygotes and standbys our parent, the agent, has."""
-    count = 0
+    titles = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            count += parent == os.getppid() and b"launcher.zygote" in (path / "cmdline").read_bytes()
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == os.getppid():
+                titles.append((path / "cmdline").read_bytes())
         except OSError:
             continue
-    return count
+    return tuple(sum(title.startswith(b"holdfast " + word) for title in titles) for word in (b"zygote", b"standby"))
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     }
     print(json.dumps(seen), flush=True)
     if client.incarnation == 0:
-        while siblings_of_the_zygote() < 2:  # without a standby a fresh process would replace us
+        while standbys() == (1, 0):  # a fresh process would replace us
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
     client.send({"done": True})
