@@ -31,8 +31,7 @@ import torch.distributed.checkpoint as dcp
 from measure import warm
 from state import shapes
 
-from holdfast.ckpt.universal.open import open_checkpoint
-from holdfast.ckpt.universal.read import Reader
+from holdfast.ckpt.tensors import load
 from holdfast.ckpt.universal.save import Part, save_universal
 from holdfast.ckpt.universal.verify import verify
 from holdfast.ckpt.universal.write import WriteOptions
@@ -142,18 +141,9 @@ def saves(work: Path) -> Sides:
 # ---- loads --------------------------------------------------------------------------------------------------
 
 
-def load_ours(path: Path, jobs: int) -> dict[str, torch.Tensor]:
-    kinds = {name: kind for kind, name in DTYPES.items()}
-    with Reader(open_checkpoint(path), jobs=jobs) as reader:
-        found = {n: torch.empty(t.shape, dtype=kinds[t.dtype]) for (n, _), t in reader.checkpoint.states.items()}
-        reader.read_many((name, "weight", None, raw(tensor)) for name, tensor in found.items())
-    return found
-
-
 def into_ours(path: Path, live: dict[str, torch.Tensor]) -> None:
     """Into a model that is there, as a job that resumes does it."""
-    with Reader(open_checkpoint(path), jobs=2) as reader:
-        reader.read_many((name, "weight", None, raw(tensor)) for name, tensor in live.items())
+    load(path, into=live)
 
 
 def into_torch(path: Path, live: dict[str, torch.Tensor]) -> None:
@@ -190,8 +180,8 @@ def loads(work: Path) -> Sides:
             SAVES[side](tensors, path)
     compared: set[str] = set()
     sides: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
-        "ours": lambda: load_ours(paths["ours"], 1),
-        "ours_2_jobs": lambda: load_ours(paths["ours"], 2),
+        "ours": lambda: load(paths["ours"], jobs=1),
+        "ours_2_jobs": lambda: load(paths["ours"]),
         "torch": lambda: torch.load(paths["torch"], weights_only=True),
         "safetensors": lambda: load_safetensors(paths["safetensors"]),
         "dcp": lambda: load_dcp(paths["dcp"], tensors),

@@ -143,6 +143,10 @@ def _scalar(value: object) -> bool:
     return value is None or isinstance(value, (str, bytes, float))
 
 
+LEAVES: Final = frozenset((str, int, float, bool, bytes, type(None), Global))
+"""What most values are, told without walking through CONTAINERS."""
+
+
 def _children(value: object) -> list[Any] | tuple[Any, ...]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
@@ -159,26 +163,32 @@ def measure(root: object, where: str) -> None:
     """Refuse a result with a cycle, too deep, or too large when written out; visits each object once."""
     done: dict[int, tuple[int, int]] = {}
     open_: set[int] = set()
-    waiting: list[tuple[Any, bool]] = [(root, False)]
+    # A value, and once it is entered: its children that are containers, and how many children there are.
+    waiting: list[tuple[Any, list[Any] | None, int]] = [(root, None, 0)]
     while waiting:
-        value, entered = waiting.pop()
-        if not isinstance(value, CONTAINERS) or id(value) in done:
-            continue
-        children = _children(value)
-        if not entered:
+        value, inner, count = waiting.pop()
+        depth, nodes = 0, 1 + count
+        if inner is None:
+            if id(value) in done or not _contains(value):
+                continue
             if id(value) in open_:
                 raise CorruptError("a pickle that contains itself", file=where)
-            open_.add(id(value))
-            waiting.append((value, True))
-            fresh = [child for child in children if isinstance(child, CONTAINERS)]
-            waiting += [(child, False) for child in fresh if id(child) not in done]
-            continue
-        depth, nodes = 0, 1 + len(children)
-        for child in children:
-            below = done.get(id(child)) if isinstance(child, CONTAINERS) else None
-            if below is not None:
-                depth, nodes = max(depth, below[0]), nodes + below[1]
+            children = _children(value)
+            inner = [child for child in children if type(child) not in LEAVES and _contains(child)]
+            if inner:
+                open_.add(id(value))
+                waiting.append((value, inner, len(children)))
+                waiting += [(child, None, 0) for child in inner if id(child) not in done]
+                continue
+            nodes = 1 + len(children)
+        for child in inner:
+            below = done[id(child)]
+            depth, nodes = max(depth, below[0]), nodes + below[1]
         open_.discard(id(value))
         if depth + 1 > DEPTH_MAX or nodes > NODES_MAX:
             raise CorruptError("a pickle that unfolds into too much", file=where, depth=depth + 1, nodes=nodes)
         done[id(value)] = (depth + 1, nodes)
+
+
+def _contains(value: object) -> bool:
+    return isinstance(value, CONTAINERS)

@@ -18,6 +18,7 @@ from .inert import Global, Instance, Make, key_of
 Persistent = Callable[[object], object]
 
 STOP: Final = ord(".")
+FORMS: Final = {form: struct.Struct("<" + form) for form in "BHIiQ"}
 STACK_MAX: Final = 20_000_000
 MARKS_MAX: Final = 1000
 
@@ -71,8 +72,15 @@ class Machine:
         self.at = end
         return taken
 
+    def byte(self) -> int:
+        """As number("B"), which most numbers are."""
+        at = self.at
+        self.at = at + 1
+        return self.data[at]  # beyond the end: an IndexError, which the caller explains
+
     def number(self, form: str) -> Any:
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+        known = FORMS[form]
+        return known.unpack(self.take(known.size))[0]
 
     def line(self) -> str:
         end = self.data.index(b"\n", self.at)

@@ -49,7 +49,7 @@ def _frame(m: Machine) -> None:
 
 
 def _protocol(m: Machine) -> None:
-    version = m.number("B")
+    version = m.byte()
     if version > 5:
         raise CorruptError("a pickle of a protocol that is not known", file=m.where, protocol=version)
 
@@ -148,23 +148,23 @@ OPERATIONS: Final[Mapping[int, Operation]] = MappingProxyType(
             "\x89": _constant(lambda: False),
             "I": _int_line,
             "J": lambda m: m.push(m.number("i")),
-            "K": lambda m: m.push(m.number("B")),
+            "K": lambda m: m.push(m.byte()),
             "M": lambda m: m.push(m.number("H")),
             "L": lambda m: m.push(_decimal(m.line())),
-            "\x8a": lambda m: m.push(_integer(m.take(m.number("B")))),
+            "\x8a": lambda m: m.push(_integer(m.take(m.byte()))),
             "\x8b": lambda m: m.push(_integer(m.take(m.number("i")))),
             "F": lambda m: m.push(float(m.line())),
             "G": lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
             "S": _quoted,
             "T": lambda m: m.push(m.take(m.number("i")).decode("latin-1")),
-            "U": lambda m: m.push(m.take(m.number("B")).decode("latin-1")),
+            "U": lambda m: m.push(m.take(m.byte()).decode("latin-1")),
             "B": lambda m: m.push(m.take(m.number("I"))),
-            "C": lambda m: m.push(m.take(m.number("B"))),
+            "C": lambda m: m.push(m.take(m.byte())),
             "\x8e": lambda m: m.push(m.take(m.number("Q"))),
             "\x96": lambda m: m.push(m.take(m.number("Q"))),
             "V": lambda m: m.push(m.line()),
             "X": lambda m: m.push(m.take(m.number("I")).decode("utf-8", "surrogatepass")),
-            "\x8c": lambda m: m.push(m.take(m.number("B")).decode("utf-8", "surrogatepass")),
+            "\x8c": lambda m: m.push(m.take(m.byte()).decode("utf-8", "surrogatepass")),
             "\x8d": lambda m: m.push(m.take(m.number("Q")).decode("utf-8", "surrogatepass")),
             "]": _constant(list),
             "}": _constant(dict),
@@ -183,11 +183,11 @@ OPERATIONS: Final[Mapping[int, Operation]] = MappingProxyType(
             "\x90": _add_items,
             "\x91": lambda m: m.push(frozenset(key_of(item) for item in m.since_mark())),
             "p": lambda m: m.put(_decimal(m.line())),
-            "q": lambda m: m.put(m.number("B")),
+            "q": lambda m: m.put(m.byte()),
             "r": lambda m: m.put(m.number("I")),
             "\x94": lambda m: m.put(len(m.memo)),
             "g": lambda m: m.get(_decimal(m.line())),
-            "h": lambda m: m.get(m.number("B")),
+            "h": lambda m: m.get(m.byte()),
             "j": lambda m: m.get(m.number("I")),
             "c": _global,
             "\x93": _stack_global,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,31 @@ INERT_NAMES: Final = frozenset(
     ]
 )
 """What jobs keep beside their tensors (schedulers, numpy's generator): stand-ins, kept as metadata."""
+
+
+_COUNT: Final = rb"(?:K.|M..|J.{4})"
+_ONE_TENSOR: Final = re.compile(
+    rb"\x80\x02ctorch\._utils\n_rebuild_tensor_v2\nq\x00\(\(X\x07\x00\x00\x00storageq\x01ctorch\n(\w+)\nq\x02"
+    rb"X\x01\x00\x00\x000q\x03X\x03\x00\x00\x00cpuq\x04(%b)tq\x05QK\x00(%b{1,3}[\x85-\x87])q\x06(%b{1,3}[\x85-\x87])q\x07"
+    rb"[\x88\x89]ccollections\nOrderedDict\nq\x08\)Rq\ttq\nRq\x0b\." % ((_COUNT,) * 3),
+    re.DOTALL,
+)
+"""The pickle of one tensor of one to three dims and nothing else, byte for byte as torch.save writes it. DCP's
+checkpoints have one for each part of each tensor; what does not match goes through unpickle.py, and gives the same."""
+_COUNTS: Final = {b"K": "<B", b"M": "<H", b"J": "<i"}
+
+
+def _counts(code: bytes) -> list[int]:
+    """The integers of such opcodes, and the code of the tuple that holds them as its length."""
+    found, at = [], 0
+    while at < len(code):
+        form = _COUNTS.get(code[at : at + 1])
+        if form is None:
+            found.append(code[at] - 0x84)
+            break
+        found.append(struct.unpack_from(form, code, at + 1)[0])
+        at += 1 + struct.calcsize(form)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +274,28 @@ class _Reader:
             ("torch._utils", "_rebuild_parameter"): self._first,
             ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
         }
-        allowed = TORCH_NAMES | names
         data = self.pickled()
-        value = loads(data, allowed=allowed, persistent=self._storage, make={**ours, **make}, where=self.file)
+        value = self._single(data) if not make else None
+        if value is None:
+            allowed = TORCH_NAMES | names
+            value = loads(data, allowed=allowed, persistent=self._storage, make={**ours, **make}, where=self.file)
         members = self.archive.members
         used = {self.prefix + "data/" + key for key in self.storages}
         self.archive.check_room(sorted((members[n] for n in used), key=lambda m: m.header))
         return value
+
+    def _single(self, data: bytes) -> Stored | None:
+        """The one tensor that the pickle is, if it is the most usual one."""
+        found = _ONE_TENSOR.fullmatch(data)
+        if found is None:
+            return None
+        kind, count, *dims = found.groups()
+        shape, strides = (_counts(code) for code in dims)
+        name = kind.decode()
+        if shape.pop() != len(shape) or strides.pop() != len(strides) or name not in STORAGES:
+            return None  # the machine says what is wrong with it
+        storage = self._storage(("storage", Global("torch", name), "0", "cpu", *_counts(count)))
+        return self._stored(storage, storage.dtype, 0, tuple(shape), tuple(strides))
 
     def _storage(self, pid: object) -> Storage:
         """("storage", Global FloatStorage, key, location, elements): where its bytes lie."""

@@ -431,16 +431,6 @@ def test_ranks_are_shown_as_what_they_run(job: Job) -> None:
     ]
 
 
-def test_without_a_zygote_in_time_the_ranks_start_afresh(job: Job) -> None:
-    """The zygote is killed while it imports: the job loses warmth only."""
-    job.start("--nproc-per-node", "2", MANAGED, "30", "0.1")
-    zygote = wait_until(lambda: [pid for pid, command in job.processes().items() if "launcher.zygote" in command], "it")
-    os.kill(zygote[0], signal.SIGKILL)
-    assert job.wait() == 0, job.err
-    sources = {event["source"] for event in job.events() if event["event"] == "rank_started"}
-    assert sources == {"fresh"}
-
-
 def test_a_rank_of_a_second_host_is_replaced_by_its_own_agent(job: Job) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

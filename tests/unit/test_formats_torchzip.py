@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.ckpt.formats import torchzip
 from holdfast.ckpt.formats.inert import Global
 from holdfast.ckpt.formats.pickling import Construct, Ordered, Persistent, dumps
 from holdfast.ckpt.formats.torchwrite import Tensor, scalar, write_torch
@@ -173,6 +174,67 @@ def test_no_single_changed_byte_raises_anything_but_ours(tmp_path: Path) -> None
             read(path)
         except CheckpointError:
             continue
+
+
+# ---- the shortcut for one tensor --------------------------------------------------------------------------------
+
+ALONE = {
+    "vector": lambda: torch.arange(3.0),
+    "matrix": lambda: torch.randn(5, 7).bfloat16(),
+    "large": lambda: torch.zeros(70_000, 300, dtype=torch.uint8),
+    "three dims": lambda: torch.zeros(2, 300, 5, dtype=torch.int64),
+    "turned": lambda: torch.randn(300, 4).t(),
+    "empty": lambda: torch.empty(0, 4),
+    "part": lambda: torch.arange(600)[500:],
+    "number": lambda: torch.tensor(3.0),
+    "four dims": lambda: torch.zeros(1, 2, 3, 4),
+    "parameter": lambda: torch.nn.Parameter(torch.zeros(2)),
+    "new dtype": lambda: torch.zeros(3, dtype=torch.float8_e4m3fn),
+}
+TAKEN = {"vector", "matrix", "large", "three dims", "turned", "empty"}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_shortcut_gives_what_the_machine_gives(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(ALONE[name](), tmp_path / "a.pt")
+    taken = []
+    shortcut = torchzip._Reader._single
+
+    def watched(reader: Any, data: bytes) -> Stored | None:
+        taken.append(shortcut(reader, data))
+        return taken[-1]
+
+    monkeypatch.setattr(torchzip._Reader, "_single", watched)
+    found = read(tmp_path / "a.pt")
+    assert [one is not None for one in taken] == [name in TAKEN]
+    monkeypatch.setattr(torchzip._Reader, "_single", lambda reader, data: None)
+    assert found == read(tmp_path / "a.pt")
+
+
+def test_a_changed_byte_of_such_a_pickle_changes_the_shortcut_as_it_does_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(torch.zeros(300, 5), tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    (pickle,) = [name for name in members if name.endswith("data.pkl")]
+
+    def outcome(path: Path) -> Any:
+        try:
+            return read(path)
+        except CheckpointError as error:
+            return type(error)
+
+    machine = lambda reader, data: None  # noqa: E731
+    for at in range(len(members[pickle])):
+        for flip in (0x01, 0x04, 0x80, 0xFF):
+            data = bytearray(members[pickle])
+            data[at] ^= flip
+            (tmp_path / "b.pt").write_bytes(archive({**members, pickle: bytes(data)}))
+            found = outcome(tmp_path / "b.pt")
+            with monkeypatch.context() as patch:
+                patch.setattr(torchzip._Reader, "_single", machine)
+                assert found == outcome(tmp_path / "b.pt"), (at, flip)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------

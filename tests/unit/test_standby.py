@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from holdfast.launcher import standby
-from holdfast.launcher.standby import Standby, early_environment
+from holdfast.launcher.loop import Loop
+from holdfast.launcher.standby import Standby, StandbyPool, Zygote, early_environment
 from holdfast.launcher.zygote import HEADER, Assignment
 
 
@@ -59,3 +65,89 @@ def test_a_standby_that_closes_its_end_when_it_has_read_all_is_a_rank(
     handler = Standby(ours, 123456).become(0, assignment, stdout="", stderr="")
     assert handler is not None
     assert handler.proc.pid == 123456
+
+
+# ---- all ranks of a start at once ------------------------------------------------------------------------------
+
+
+class FakeZygote(Zygote):
+    """The other end of the socket is ours; nothing is forked."""
+
+    def __init__(self) -> None:
+        self.environment, self.preload = {"A": "b"}, ()
+        self.control, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.theirs.settimeout(10.0)
+        self.asked: list[socket.socket] = []
+
+    def fork(self) -> None:
+        """What a real one does on request, up to "ready"."""
+        _, descriptors, _, _ = socket.recv_fds(self.theirs, 64, 1)
+        child = socket.socket(fileno=descriptors[0])
+        child.sendall(json.dumps({"ready": os.getpid()}).encode())
+        self.asked.append(child)
+
+    def close(self) -> None:
+        self.control.close()
+
+
+@pytest.fixture
+def zygote(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeZygote]:
+    monkeypatch.setattr(standby, "kill_group", lambda pid: None)
+    made = FakeZygote()
+    yield made
+    for one in (made.theirs, made.control, *made.asked):
+        one.close()
+
+
+@pytest.fixture
+def pool(zygote: FakeZygote, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandbyPool]:
+    def no_other(*arguments: Any) -> Zygote:
+        raise AssertionError("it fits")
+
+    monkeypatch.setattr(standby, "Zygote", no_other)
+    loop = Loop(lambda error: None)
+    environment = {"A": "b", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM"}
+    made = StandbyPool(loop, target=1, preload=(), environment=environment, on_change=lambda: None, early=zygote)
+    made.start()
+    loop.start()
+    yield made
+    loop.stop()
+    made.close()
+
+
+def test_a_claim_gets_as_many_standbys_as_it_wants_once_they_are_ready(pool: StandbyPool, zygote: FakeZygote) -> None:
+    forks = threading.Thread(target=lambda: [zygote.fork() for _ in range(3)])
+    forks.start()
+    given = pool.claim(3, 10.0)
+    forks.join()
+    assert len(given) == 3
+    assert all(one.pid == os.getpid() for one in given)
+    for one in given:
+        one.socket.close()
+
+
+def test_a_claim_gets_none_when_the_zygote_dies(pool: StandbyPool, zygote: FakeZygote) -> None:
+    def fork_once_and_die() -> None:
+        zygote.fork()
+        zygote.theirs.close()
+
+    dying = threading.Thread(target=fork_once_and_die)
+    dying.start()
+    assert pool.claim(3, 10.0) == []
+    dying.join()
+
+
+def test_a_claim_that_waits_too_long_gets_none_and_takes_none_later(pool: StandbyPool, zygote: FakeZygote) -> None:
+    assert pool.claim(2, 0.05) == []
+    zygote.fork()
+    zygote.fork()
+    assert len(pool.claim(2, 10.0)) == 2, "they were ready for the next one"
+
+
+def test_a_zygote_of_another_environment_does_not_fit() -> None:
+    fake = FakeZygote()
+    assert fake.fits({"A": "b"}, ())
+    assert not fake.fits({"A": "b", "OMP_NUM_THREADS": "1"}, ())
+    assert not fake.fits({"A": "b"}, ("numpy",))
+    fake.theirs.close()
+    fake.close()
