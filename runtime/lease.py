@@ -65,8 +65,12 @@ class Lease:
         self._set_lease(2)
 
     def warm_up(self) -> None:
-        """Something is done for the first time: let it take its time, until the next commit."""
+        """Something is done for the first time: let it take its time, until `warmed` or the next commit."""
         self._page.set(Word.LEASE_NS, int(LEASE_WARMUP_S * 1e9))
+
+    def warmed(self) -> None:
+        """It is done."""
+        self._set_lease(1)
 
     def _set_lease(self, factor: int) -> None:
         if self._steps < _MEASURED_STEPS:

@@ -66,7 +66,9 @@ class Validation:
         if not self._warm:
             self._lease.warm_up()  # evaluation mode may compile, and its data may be lazy
         outcome = self._executor.run(1, self._source, train=False)
-        self._warm = True
+        if not self._warm:
+            self._lease.warmed()  # a step that hangs after it is noticed as soon as any other
+            self._warm = True
         vector = torch.full((2 * plan.microbatches,), math.nan, dtype=torch.float64)
         for microbatch, (value, count) in outcome.losses.items():
             vector[microbatch], vector[plan.microbatches + microbatch] = value.double().cpu(), count

@@ -64,3 +64,15 @@ def test_time_in_user_code_is_not_counted(clock: Clock) -> None:
         step(lease, clock, number, forward_s=0.05, optimizer_s=0.1)
         clock.now_ns += int(100e9)
     assert allowed_s(lease) < 2.0
+
+
+def test_what_is_done_for_the_first_time_may_take_its_time_and_only_that(clock: Clock) -> None:
+    """The first validation, once: a rank that hung in the step after it was noticed after a minute."""
+    lease = make()
+    for number in (1, 2, 3):
+        step(lease, clock, number, forward_s=0.05, optimizer_s=0.1)
+    before = allowed_s(lease)
+    lease.warm_up()
+    assert allowed_s(lease) == LEASE_WARMUP_S
+    lease.warmed()
+    assert allowed_s(lease) == pytest.approx(before, rel=0.05)
