@@ -60,16 +60,18 @@ def torchrun(size: int, preset: str) -> dict[str, float]:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", str(size), "--nproc-per-node", "1",
             "--max-restarts", "5", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "bench",
-            str(HERE / "torchrun_dcp.py"), "--dir", shared, "--preset", preset, "--steps", str(STEPS), "--every", "5",
         ]  # fmt: skip
+        script = [str(HERE / "torchrun_dcp.py"), "--dir", shared, "--preset", preset, "--steps", str(STEPS)]
+        # The hosts' names resolve nowhere: torchrun is told addresses.
+        commands = [[*command, "--local-addr", host.address, *script, "--every", "5"] for host in hosts]
         environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        for host in hosts:
+        for host, command in zip(hosts, commands, strict=True):
             host.popen(command, env=environment)
         log = Path(shared, "steps-0.jsonl")
         wait_for(lambda: any(line["step"] >= WARM for line in lines(log)), DEADLINE_S, "steps")
         old, before, killed_ns = lines(log)[-1]["pid"], lines(log)[-1]["step"], time.monotonic_ns()
         hosts[size - 1].kill()
-        hosts[size - 1].popen(command, env=environment)
+        hosts[size - 1].popen(commands[size - 1], env=environment)
         wait_for(lambda: any(line["pid"] != old for line in lines(log)), DEADLINE_S, "torchrun going on")
         first = next(line for line in lines(log) if line["pid"] != old)
         for host in hosts:
