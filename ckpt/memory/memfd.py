@@ -16,11 +16,9 @@ MappedHalf, which joins descriptor, mapping and Half). Invariants:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
@@ -33,8 +31,6 @@ RESERVE_BYTES: Final = 128 << 20
 """Left to the workers, whose own memory grows while ours is being taken."""
 _CHUNK_BYTES: Final = 4 << 20
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_MADV_POPULATE_READ: Final = 22
-"""Linux 5.14; Python does not name it. Of shared memory it maps writable pages too, in batches of neighbours."""
 _UNLIMITED: Final = 1 << 62
 """cgroup v1 writes "no limit" as a number near 2**63."""
 
@@ -102,24 +98,6 @@ def is_sealed(fd: int) -> bool:
 def read_only(fd: int) -> int:
     """A new descriptor of the same memory that cannot be mapped writable."""
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _libc_madvise() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None).madvise  # not mmap.madvise(): that one holds the GIL meanwhile
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
-
-
-_madvise: Final = _libc_madvise()
-
-
-def populate(memory: memoryview, start: int, stop: int) -> None:
-    """Map the pages of these bytes of an arena now: its memory is there, but a first store to each page would still
-    trap, at several times the price. Advice: a kernel that does not know it takes it as nothing."""
-    start, stop = start // mmap.PAGESIZE * mmap.PAGESIZE, min(stop, memory.nbytes)
-    if start < stop:
-        held = ctypes.c_char.from_buffer(memory, start)  # the mapping cannot go while the GIL is free
-        _madvise(ctypes.addressof(held), stop - start, _MADV_POPULATE_READ)
 
 
 class MappedHalf:

@@ -19,6 +19,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
+from ..pages import enlarge
 from .chunks import Codec, digest, stored_offsets
 from .convert import convert
 from .errors import CorruptError, IncompleteError, UsageError
@@ -152,6 +153,7 @@ class Reader:
         size = region_size(region, tensor.shape)
         item = ITEM_BYTES[tensor.dtype]
         self.bytes_wanted += size * item
+        enlarge(out)
         tasks: list[Callable[[], None]] = []
         held = 0
         for slab in tensor.slabs:

@@ -23,9 +23,9 @@ import xxhash
 
 from holdfast.proto.errors import SnapshotCorrupt, SnapshotError, SnapshotIncomplete
 
+from ...pages import populate
 from ..arena import Half, State, arena_bytes
 from ..client import SmpClient
-from ..memfd import populate
 from ..table import HEADER_BYTES, Table
 from . import pen
 from .blocks import Shard, Sources, StripeReader
