@@ -84,7 +84,7 @@ def load(
     if missing or not wanted:
         known = sorted({of for _, of in checkpoint.states})
         raise IncompleteError("no such tensor", name=missing[0] if missing else "", state=state, states=known)
-    found = {name: _room(held[name], into and into[name]) for name in wanted}
+    found = {name: _room(held[name], into[name] if into is not None else None) for name in wanted}
     with Reader(checkpoint, verify=verify, jobs=jobs) as reader, torch.no_grad():
         reader.read_many((name, held[name].state, None, _bytes(tensor)) for name, tensor in found.items())
     return found
