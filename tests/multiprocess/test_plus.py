@@ -57,3 +57,21 @@ def test_ends_and_their_partners_are_lost_and_the_edges_are_as_if_nothing_had_ha
     held = ended.state_by_rank()
     assert all(f"rank-{rank}.safetensors 0.weight@exp_avg" in held for rank in (0, 1))
     assert all(f"rank-{rank}.safetensors 7.weight@exp_avg" in held for rank in (4, 5))
+
+
+def test_a_checkpoint_of_swapped_stages_with_shadows_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """Edges are in it once, though two ranks hold them; both have them again."""
+    arguments = ["--model", "edges", "--split", "2,1,1,2", "--steps", "8"]
+    saving = ("--checkpoint-dir", str(tmp_path / "checkpoints"), "--checkpoint-every", "4")
+    plus = ("--recovery", "neighbours+")
+    out = ("--out", str(tmp_path / "whole" / "out"))
+    whole = job(tmp_path / "whole", 4, SCRIPT, *arguments, *out, options=(*plus, *saving))
+    assert whole.code == 0, whole.err
+    begin = ("--resume", str(tmp_path / "checkpoints" / "step-00000004"))
+    out = ("--out", str(tmp_path / "resumed" / "out"))
+    resumed = job(tmp_path / "resumed", 4, SCRIPT, *arguments, *out, options=(*plus, *begin))
+    assert resumed.code == 0, resumed.err
+    assert resumed.told() == [row for row in whole.told() if row["step"] > 4]
+    held, expected = resumed.state_by_rank(), whole.state_by_rank()
+    assert held.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(held[name], expected[name])] == []
