@@ -262,6 +262,8 @@ class Host:
                 on_change=self._supervisor.on_pool_change,
                 early=options.zygote,
             )
+        elif options.zygote is not None:
+            options.zygote.close()  # nobody will ask it for anything
         self._supervisor.listen(socket_name, pool, self._service_pids)
 
     def _service_pids(self) -> list[int]:

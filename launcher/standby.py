@@ -153,7 +153,10 @@ class StandbyPool:
         self._preload = preload
         self._environment = dict(environment)
         self._on_change = on_change
-        self._early = early if early is not None and early.fits(environment, preload) else None
+        self._early = early
+        if early is not None and not early.fits(environment, preload):
+            early.close()
+            self._early = None
         self._zygote: Zygote | None = None
         self._control: socket.socket | None = None
         self._starts = 0

@@ -149,5 +149,6 @@ def test_a_zygote_of_another_environment_does_not_fit() -> None:
     assert fake.fits({"A": "b"}, ())
     assert not fake.fits({"A": "b", "OMP_NUM_THREADS": "1"}, ())
     assert not fake.fits({"A": "b"}, ("numpy",))
+    StandbyPool(Loop(print), target=1, preload=("numpy",), environment={"A": "b"}, on_change=lambda: None, early=fake)
+    assert fake.theirs.recv(1) == b"", "it is ended, and not left to wait for the end of the job"
     fake.theirs.close()
-    fake.close()
