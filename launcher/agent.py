@@ -74,8 +74,7 @@ class HoldfastAgent(LocalElasticAgent):
             self._host = self._open_host(worker_group)
         supervisor, ours = self._host.supervisor, self._host.environment(self._epoch)
         supervisor.attached = False
-        forkable = python_argv(spec.entrypoint, tuple(spec.args)) is not None and spec.numa_options is None
-        standbys = supervisor.first_standbys(spec.local_world_size) if forkable else []
+        standbys = supervisor.first_standbys(spec.local_world_size) if self._host.site.python else []
         with supervisor.locked(), _environment(ours), _forked(standbys):
             pids: dict[int, Any] = super()._start_workers(worker_group)
             context = self._pcontext
