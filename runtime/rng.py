@@ -3,12 +3,17 @@
 Before each layer of each microbatch the device's generator is seeded from (seed, step, microbatch, unit), so
 dropout is the same in every layout, after every recovery, and in a recomputed forward. The user's own
 generators, between steps, are left as they were and are captured with the state.
+
+torch reads a generator's state with the generator's mutex held, and allocates a Python object meanwhile: a garbage
+collection then may hand the GIL to a thread that waits for that mutex with the GIL held, and the process stands still
+for good. So whatever here touches a generator does it one thread at a time.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +21,7 @@ import numpy as np
 import torch
 
 _MASK = (1 << 64) - 1
+_one_at_a_time = threading.RLock()
 
 
 def key(*parts: int) -> int:
@@ -31,22 +37,36 @@ def key(*parts: int) -> int:
 
 def seed_device(device: torch.device, value: int) -> None:
     """Seed the generator that modules on `device` draw from."""
-    torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(value)
+    with _one_at_a_time:
+        torch.default_generator.manual_seed(value)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(value)
+
+
+def _states(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of torch's generators: "torch", and "cuda" if `device` is one."""
+    with _one_at_a_time:
+        states = {"torch": torch.get_rng_state()}
+        if device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_states(states: Mapping[str, Any], device: torch.device) -> None:
+    with _one_at_a_time:
+        torch.set_rng_state(states["torch"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
 
 
 @contextmanager
 def preserved(device: torch.device) -> Iterator[None]:
     """Leave torch's generators as they were found."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    states = _states(device)
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
+        _set_states(states, device)
 
 
 @contextmanager
@@ -68,7 +88,7 @@ def capture(device: torch.device) -> dict[str, Any]:
     """State of Python's, numpy's, torch's and the device's generators, as capturable values."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
+    return {
         "python": {
             "version": version,
             "internal": torch.tensor(internal, dtype=torch.int64),
@@ -81,11 +101,8 @@ def capture(device: torch.device) -> dict[str, Any]:
             "has_gauss": int(has_gauss),
             "cached": float(cached),
         },
-        "torch": torch.get_rng_state(),
+        **_states(device),
     }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
 
 
 def restore(state: dict[str, Any], device: torch.device) -> None:
@@ -102,6 +119,4 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
             numpy_state["cached"],
         )
     )
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    _set_states(state, device)
