@@ -41,7 +41,7 @@ SECRET = "host-losses"
 START_S, RECOVER_S, END_S = 240.0, 180.0, 240.0
 STEPS_PER_LOSS, STEPS_MORE = 24, 16
 """While a job is not hurried: at half a second a step, twelve seconds of training for each loss."""
-HOST_LEASE_S, RANK_LEASE_S = 30.0, 20.0
+HOST_LEASE_S, RANK_LEASE_S = 15.0, 10.0
 JOB_S = 60.0
 """About what the start and the end of a job take, until one has shown it."""
 WAVE = 2

@@ -58,7 +58,8 @@ def test_captured_generators_go_on_where_they_were() -> None:
         draw()
         rng.restore(state, CPU)
         again = draw()
-    assert first[:2] == again[:2] and torch.equal(first[2], again[2])
+    assert first[:2] == again[:2]
+    assert torch.equal(first[2], again[2])
 
 
 def test_generators_are_left_as_they_were_found() -> None:
