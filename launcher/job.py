@@ -26,6 +26,7 @@ from typing import Final
 from holdfast.ckpt.memory.placement import decodable, place
 from holdfast.ckpt.memory.redundancy import NONE, SHARDS_MAX, HostInfo, Placement, Redundancy, SlotInfo
 from holdfast.runtime.recovery.decide import Impossible, Resume
+from holdfast.runtime.recovery.ladder import stages
 
 from .actions import Action, Adopt, Announce, Form, Probe, Record, StepDown, StopJob, Tell, Welcome
 from .council import Council, councils
@@ -42,11 +43,16 @@ REBUILDS_TRIED: Final = 8
 """Generations in a row that may fail to rebuild the same step: shards that are reported may yet be out of reach."""
 
 
-def fitting(text: str, hosts: int) -> Redundancy:
-    """What was asked for, as far as so many hosts can give it: after losses less is better than nothing."""
+def fitting(text: str, hosts: int, mode: str = "exact") -> Redundancy:
+    """What was asked for, as far as so many hosts can give it: after losses less is better than nothing.
+
+    `auto` with recovery mode "stale", where any two hosts could not be lost anyway, is a mirror on a host that has no
+    adjacent stage: then any hosts may be lost but the two of a pair.
+    """
     if text.startswith("rs:"):
         return Redundancy.parse(text, SHARDS_MAX).fitted(hosts)
-    return Redundancy.parse(text, hosts) if hosts > 1 else NONE
+    found = Redundancy.parse(text, hosts) if hosts > 1 else NONE
+    return Redundancy(1, 1) if text == "auto" and mode == "stale" and found.m == 1 else found
 
 
 class Job(Membership):
@@ -288,8 +294,7 @@ class Job(Membership):
     def _before_form(self, joins: Mapping[int, Joined]) -> list[Action]:
         if len(joins) < self.world_size:
             return []
-        images = {rank: joined.image_bytes for rank, joined in joins.items()}
-        return self._protect(images, {rank: joined.report.peers for rank, joined in joins.items()})
+        return self._protect(joins)
 
     def _send(self, now_ns: int, form: Form) -> list[Action]:
         """The same hosts as before go on at once; others wait until whoever counts has heard of it."""
@@ -315,22 +320,25 @@ class Job(Membership):
         self.council.settle()
         self._settled = self._current
 
-    def _protect(self, images: Mapping[int, int], peers: Mapping[int, tuple[int, ...]]) -> list[Action]:
+    def _protect(self, joins: Mapping[int, Joined]) -> list[Action]:
         """A new placement, if hosts or sizes are not those of the current one."""
-        indices = sorted({self.slots[rank].host for rank in images})
-        redundancy = fitting(self._redundancy, len(indices))
-        if redundancy.m == 0 or not all(images.values()):
+        reports = {rank: joined.report for rank, joined in sorted(joins.items())}
+        indices = sorted({self.slots[rank].host for rank in reports})
+        redundancy = fitting(self._redundancy, len(indices), next(iter(joins.values())).recovery)
+        if redundancy.m == 0 or not all(joined.image_bytes for joined in joins.values()):
             self._current, self.placement = None, 0
             return []
         slots = tuple(
-            SlotInfo(rank, self.slots[rank].host, size, min(peers[rank]) if len(peers[rank]) > 1 else -1)
-            for rank, size in sorted(images.items())
+            SlotInfo(rank, self.slots[rank].host, joins[rank].image_bytes, min(of.peers) if len(of.peers) > 1 else -1)
+            for rank, of in reports.items()
         )
         hosts = tuple(HostInfo(index, self.book.all[index].domain or f"host-{index}") for index in indices)
         old = self._current
         if old is not None and (old.slots, old.hosts) == (slots, hosts):
             return []
-        placement = place(slots, hosts, redundancy, self.generation)
+        # Ranks say what they host where something else than exact may come: there it matters who is whose neighbour.
+        where = stages(list(reports.values())) if all(of.units for of in reports.values()) else None
+        placement = place(slots, hosts, redundancy, self.generation, stages=where)
         self._current, self.placement = placement, placement.number
         self._placements = [*self._placements, placement][-PLACEMENTS_KEPT:]
         event = {"placement": placement.number, "k": placement.k, "m": placement.m, "stripes": len(placement.stripes)}

@@ -113,14 +113,29 @@ def serve(control: socket.socket) -> socket.socket:
         child = os.fork()
         if child == 0:
             control.close()
+            middle = os.getpid()
             if os.fork():
                 os._exit(0)  # its child becomes the agent's, which can then wait for it
             os.setsid()
             show("standby")
+            _await_end(middle)
             return socket.socket(fileno=descriptors[0])
         for descriptor in descriptors:
             os.close(descriptor)
         os.waitpid(child, 0)
+
+
+def _await_end(parent: int) -> None:
+    """Wait until our parent has ended. An agent that heard of us before could not wait for us, and took us for lost."""
+    try:
+        pidfd = os.pidfd_open(parent)
+    except ProcessLookupError:
+        return
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    if os.getppid() == parent:  # else it has ended, and the number may be another's
+        poller.poll()
+    os.close(pidfd)
 
 
 def show(what: str) -> None:

@@ -74,15 +74,21 @@ def place(
     *,
     align: int = 4096,
     strict: bool = False,
+    stages: Mapping[int, int] | None = None,
 ) -> Placement:
-    """The layout of parity for these slots. `strict`: a domain with more than m shards is an error, not a warning."""
+    """The layout of parity for these slots. `strict`: a domain with more than m shards is an error, not a warning.
+
+    `stages` (slot -> pipeline stage): hosts of adjacent stages share no stripe where that can be had and costs neither
+    memory nor domains. A lost stage can be made up for by its neighbours, but not both of two that are lost together.
+    """
     ordered = tuple(sorted(slots, key=lambda slot: slot.slot))
     machines = tuple(sorted(hosts, key=lambda host: host.host))
     _check(ordered, machines, number, align)
     k, m = redundancy.k, redundancy.m
     if redundancy == NONE or not ordered:
         return Placement(number, k, m, align, (), ordered, machines, ())
-    groups = [group for part in _parts(ordered, machines, redundancy) for group in part]
+    beside = _beside(ordered, stages or {})
+    groups = [group for part in _parts(ordered, machines, redundancy, beside) for group in part]
     chunk = _chunk_bytes(groups, max(slot.nbytes for slot in ordered), align)
     load: Counter[int] = Counter()
     duties: Counter[int] = Counter()
@@ -94,7 +100,8 @@ def place(
         raise ConfigError(weak[0])
     # Images of less than k pages fill no stripe whatever one does, and cost nothing.
     narrow = _narrow(rows, machines, redundancy) if chunk > align else []
-    return Placement(number, k, m, chunk, stripes, ordered, machines, (*weak, *narrow))
+    close = _close(rows, beside) if redundancy.k == 1 else []
+    return Placement(number, k, m, chunk, stripes, ordered, machines, (*weak, *narrow, *close))
 
 
 # ---- groups -----------------------------------------------------------------------------------------------
@@ -143,7 +150,9 @@ class _Group:
         return goal, next(cap for cap in range(self.cap_least, most + 1) if stripes(cap) == goal)
 
 
-def _parts(slots: Sequence[SlotInfo], hosts: Sequence[HostInfo], redundancy: Redundancy) -> Iterator[list[_Group]]:
+def _parts(
+    slots: Sequence[SlotInfo], hosts: Sequence[HostInfo], redundancy: Redundancy, beside: Beside
+) -> Iterator[list[_Group]]:
     """Replica sets wide enough to keep their own parity, each by itself; then all other slots, over all hosts.
 
     The domain rule comes before the saved traffic: a set that breaks it alone goes to the others.
@@ -153,16 +162,16 @@ def _parts(slots: Sequence[SlotInfo], hosts: Sequence[HostInfo], redundancy: Red
     for replicas in sorted(sets):
         members = [slot for slot in slots if slot.replicas == replicas]
         if len(sets[replicas]) >= redundancy.k + redundancy.m:
-            part = _cut(members, [host for host in hosts if host.host in sets[replicas]], redundancy)
+            part = _cut(members, [host for host in hosts if host.host in sets[replicas]], redundancy, beside)
             if all(group.cap_least <= redundancy.m for group in part):
                 yield part
                 continue
         rest += members
     if rest:
-        yield _cut(sorted(rest, key=lambda slot: slot.slot), hosts, redundancy)
+        yield _cut(sorted(rest, key=lambda slot: slot.slot), hosts, redundancy, beside)
 
 
-def _cut(slots: Sequence[SlotInfo], hosts: Sequence[HostInfo], redundancy: Redundancy) -> list[_Group]:
+def _cut(slots: Sequence[SlotInfo], hosts: Sequence[HostInfo], redundancy: Redundancy, beside: Beside) -> list[_Group]:
     """Groups of at least k+m hosts and k holders of data: as many as keep the domain rule, or break it least."""
     by_host: dict[int, list[SlotInfo]] = {}
     for slot in slots:
@@ -178,7 +187,7 @@ def _cut(slots: Sequence[SlotInfo], hosts: Sequence[HostInfo], redundancy: Redun
                 redundancy.k,
                 redundancy.m,
             )
-            for members in _deal(hosts, by_host.keys(), count)
+            for members in _apart(_deal(hosts, by_host.keys(), count, beside), by_host.keys(), beside)
         ]
         cap = max(redundancy.m, *(group.cap_least for group in part))
         if not best or cap < worst:
@@ -188,17 +197,84 @@ def _cut(slots: Sequence[SlotInfo], hosts: Sequence[HostInfo], redundancy: Redun
     return best
 
 
-def _deal(hosts: Sequence[HostInfo], holders: Collection[int], count: int) -> list[list[HostInfo]]:
-    """Hosts to `count` groups: sizes differ by one, the last are the larger; each domain is spread evenly."""
+def _deal(hosts: Sequence[HostInfo], holders: Collection[int], count: int, beside: Beside) -> list[list[HostInfo]]:
+    """Hosts to `count` groups: sizes differ by one, the last are the larger; each domain is spread evenly.
+
+    Of a domain, and of domains of one host each, hosts with neighbouring stages are dealt one after another.
+    """
     sizes = Counter(host.domain for host in hosts)
+    stage = {host: i for i, host in enumerate(beside)}
+
+    def order(host: HostInfo) -> tuple[int, str, int, int]:
+        alone = bool(stage) and sizes[host.domain] == 1
+        return -sizes[host.domain], "" if alone else host.domain, stage.get(host.host, 0), host.host
+
     groups: list[list[HostInfo]] = [[] for _ in range(count)]
     with_data = [host for host in hosts if host.host in holders]
-    for i, host in enumerate(sorted(with_data, key=lambda h: (-sizes[h.domain], h.domain, h.host))):
+    for i, host in enumerate(sorted(with_data, key=order)):
         groups[count - 1 - i % count].append(host)
-    for host in sorted(hosts, key=lambda h: (-sizes[h.domain], h.domain, h.host)):
+    for host in sorted(hosts, key=order):
         if host.host not in holders:
             there = [sum(other.domain == host.domain for other in group) for group in groups]
             groups[min(range(count), key=lambda g: (len(groups[g]), there[g], -g))].append(host)
+    return groups
+
+
+Beside = Mapping[int, frozenset[int]]
+"""Host, in the order of their stages -> hosts with a stage next to one of its own."""
+
+
+def _beside(slots: Sequence[SlotInfo], stages: Mapping[int, int]) -> Beside:
+    hosts_of: dict[int, set[int]] = {}
+    for slot in slots:
+        if slot.slot in stages:
+            hosts_of.setdefault(stages[slot.slot], set()).add(slot.host)
+    found: dict[int, set[int]] = {}
+    for stage in sorted(hosts_of):
+        for host in sorted(hosts_of[stage]):
+            near = hosts_of.get(stage - 1, set()) | hosts_of.get(stage + 1, set())
+            found.setdefault(host, set()).update(near - {host})
+    return {host: frozenset(near) for host, near in found.items()}
+
+
+def _apart(groups: list[list[HostInfo]], holders: Collection[int], beside: Beside) -> list[list[HostInfo]]:
+    """The same groups after trades of two hosts, as long as one leaves fewer hosts of adjacent stages together.
+
+    Both of a trade hold data or neither does, and no group gets more of a domain for it. Each trade lowers the count of
+    such pairs: this ends.
+    """
+
+    def close(group: Sequence[HostInfo], to: HostInfo) -> int:
+        return sum(other.host in beside.get(to.host, ()) for other in group if other is not to)
+
+    def same(group: Sequence[HostInfo], as_: HostInfo) -> int:
+        return sum(other.domain == as_.domain for other in group if other is not as_)
+
+    def gain(a: HostInfo, of: Sequence[HostInfo], b: HostInfo, other: Sequence[HostInfo]) -> int:
+        """Pairs that the trade of `a` for `b` takes apart; 0 if it must not be."""
+        left, right = [h for h in of if h is not a], [h for h in other if h is not b]
+        clumps = same(left, b) - same(left, a) + same(right, a) - same(right, b)
+        if clumps > 0 or (a.host in holders) != (b.host in holders):
+            return 0
+        return close(left, a) + close(right, b) - close(left, b) - close(right, a)
+
+    traded = bool(beside)
+    while traded:
+        traded = False
+        for of in groups:
+            for i, a in enumerate(of):
+                if not close(of, a):
+                    continue
+                offers = [
+                    (gain(a, of, b, other), -g, -j)
+                    for g, other in enumerate(groups)
+                    if other is not of
+                    for j, b in enumerate(other)
+                ]
+                most, g, j = max(offers, default=(0, 0, 0))
+                if most > 0:
+                    of[i], groups[-g][-j] = groups[-g][-j], a
+                    traded = True
     return groups
 
 
@@ -247,6 +323,25 @@ def _narrow(rows: Sequence[Row], hosts: Sequence[HostInfo], redundancy: Redundan
     return [
         f"{redundancy} has {chunks / len(rows):.1f} data chunks a stripe on these {len(hosts)} hosts, so parity costs "
         f"about {100 * redundancy.m * len(rows) / chunks:.0f} % of the snapshots, not {100 * redundancy.overhead:.0f} %"
+    ]
+
+
+def _close(rows: Sequence[Row], beside: Beside) -> list[str]:
+    """The line about a host that keeps the copy of a stage next to its own."""
+    pairs = sorted(
+        (min(slot.host, keeper), max(slot.host, keeper))
+        for row in rows
+        for slot, _ in row.data
+        for keeper in row.parity
+        if keeper in beside.get(slot.host, ())
+    )
+    if not pairs:
+        return []
+    a, b = pairs[0]
+    others = f" (and {len(set(pairs)) - 1} more such pairs)" if len(set(pairs)) > 1 else ""
+    return [
+        f"hosts {a} and {b} have adjacent stages and one keeps the other's copy{others}: losing both loses a stage and "
+        f"its neighbour; four or more hosts, in domains of their own, would keep them apart"
     ]
 
 

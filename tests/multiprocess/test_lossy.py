@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-sys.path.insert(0, str(HELPERS))
+sys.path[:0] = [str(HELPERS.parents[1] / "benchmarks"), str(HELPERS)]
 
+from host_losses import is_protected, steps_of  # noqa: E402
+from hosts import Hosts, start_job, wait_for  # noqa: E402
 from jobs import Ended, job, reference  # noqa: E402
 
 SCRIPT = HELPERS / "scripts" / "lossy.py"
@@ -135,6 +138,25 @@ def test_a_lost_stage_alone_goes_back_to_its_older_copy_also_that_of_the_embeddi
     ]
     assert_as_if_by_hand(ended, tmp_path, surgery, *arguments)
     assert_said(ended, found, since=6, last="stage 2 went back alone to step 6 (2 steps old)")
+
+
+@pytest.mark.skipif(Hosts.available() is not None, reason=f"no namespaces: {Hosts.available()}")
+def test_hosts_of_adjacent_stages_lost_together_find_both_copies_on_hosts_that_are_left(tmp_path: Path) -> None:
+    arguments = ["--steps", "24"]
+    with Hosts(4) as hosts:
+        options = ["--recovery", "stale", "--stale-every", "3", "--lease-min", "4", "--host-lease", "5"]
+        job = start_job(hosts, SCRIPT, [*arguments, "--step-seconds", "0.3"], options=options)
+        wait_for(lambda: is_protected(job) and steps_of(job) > 3, 90.0, "copies on other hosts")
+        # Each host's output names its rank, and a rank is a stage here.
+        host_of = {int((job.folder / f"host{i}" / "run.out").read_text().split()[2]): i for i in range(4)}
+        for rank in (1, 2):
+            hosts[host_of[rank]].kill()
+        ended = job.wait(90.0, only={host_of[0], host_of[3]})
+        found = recoveries(ended)
+        lost = [(event["resume_step"], rank, one) for event in found for rank, one in event["inexact"].items()]
+        assert {(rank, one["rung"]) for _, rank, one in lost} == {("1", "stale"), ("2", "stale")}
+        surgery = [{"step": at, "stage": one["stage"], "how": "older", "from": one["step"]} for at, _, one in lost]
+        assert_as_if_by_hand(ended, tmp_path, surgery, *arguments)
 
 
 def test_the_embedding_without_another_holder_ends_the_job_with_a_line_that_names_it(tmp_path: Path) -> None:

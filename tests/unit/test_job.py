@@ -64,8 +64,16 @@ def topology_of(actions: list[Action], me: int) -> dict[str, object]:
 class Cluster:
     """A real Job, with hosts that hold what they are told to hold; rank r starts on host r."""
 
-    def __init__(self, ranks: int = 3, *, live: int = 5, **options: object) -> None:
-        self.ranks = ranks
+    def __init__(
+        self,
+        ranks: int = 3,
+        *,
+        live: int = 5,
+        recovery: str = "exact",
+        stage_of: dict[int, int] | None = None,
+        **options: object,
+    ) -> None:
+        self.ranks, self.recovery, self.stage_of = ranks, recovery, stage_of or {}
         self.job = Job(ranks, lease_ns=LEASE_NS, **options)  # type: ignore[arg-type]
         self.now_ns = S
         self.held: dict[int, dict[int, frozenset[int]]] = {h: {h: frozenset({4, 5})} for h in range(ranks)}
@@ -97,8 +105,9 @@ class Cluster:
             for placement in placements
             for stripe, index in placement.parity_on(slot.host)
         }
-        report = Report(rank, live, (rank,), self.held.get(slot.host, {}))
-        return Joined(slot.incarnation, report, "p", "c", UNTIL, IMAGE, parity)
+        units = {} if self.recovery == "exact" else {self.stage_of.get(rank, rank): "kind"}
+        report = Report(rank, live, (rank,), self.held.get(slot.host, {}), units=units)
+        return Joined(slot.incarnation, report, "p", "c", UNTIL, IMAGE, parity, recovery=self.recovery)
 
     def join(self, live: dict[int, int]) -> list[Action]:
         actions: list[Action] = []
@@ -539,6 +548,24 @@ def test_after_losses_less_redundancy_is_better_than_none(text: str, hosts: int,
     assert str(fitting(text, hosts)) == code
 
 
+@pytest.mark.parametrize(
+    ("text", "hosts", "code"),
+    [("auto", 1, "none"), *(("auto", n, "rs:1+1") for n in range(2, 6)), ("auto", 6, "rs:4+2"), ("xor", 4, "rs:3+1")],
+)
+def test_with_stale_copies_auto_is_a_mirror_unless_any_two_hosts_may_be_lost(text: str, hosts: int, code: str) -> None:
+    assert str(fitting(text, hosts, "stale")) == code
+
+
+def test_copies_of_stages_lie_on_hosts_without_an_adjacent_stage() -> None:
+    cluster = Cluster(4, redundancy="auto", recovery="stale", stage_of={0: 2, 1: 3, 2: 0, 3: 1})
+    placement = cluster.job._current
+    assert placement is not None
+    assert (placement.k, placement.m) == (1, 1)
+    kept = {(chunk.slot, stripe.parity[0]) for stripe in placement.stripes for chunk in stripe.data}
+    assert kept == {(2, 0), (0, 2), (3, 1), (1, 3)}, "stages 0 and 2, 1 and 3"
+    assert placement.warnings == ()
+
+
 # ---- what can be survived -----------------------------------------------------------------------------------------
 
 
@@ -652,7 +679,7 @@ def test_warnings_of_a_placement_are_said_once() -> None:
         for told in crowded:
             job.book.all[told.index].domain = f"rack{round_}"
         job._current = None
-        said += of(Announce, job._protect(dict.fromkeys(range(3), IMAGE), {rank: (rank,) for rank in range(3)}))
+        said += of(Announce, job._protect({rank: cluster.joined(rank, 5) for rank in range(3)}))
     assert len(said) <= 2
     assert all("failure domain" in line.line for line in said if isinstance(line, Announce))
 

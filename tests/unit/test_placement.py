@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -404,3 +404,66 @@ def test_every_pair_of_losses_under_two_parities_leaves_all_and_every_triple_doe
     placement = layout(8, 6, 2)
     assert not any(lost_slots(placement, lost) for lost in itertools.combinations(range(8), 2))
     assert all(lost_slots(placement, lost) == lost for lost in itertools.combinations(range(8), 3))
+
+
+# ---- stages that are neighbours ---------------------------------------------------------------------------
+
+
+def keepers(placement: Placement) -> set[tuple[int, int]]:
+    """(host, host that keeps a copy of its data) of a mirror."""
+    host_of = {slot.slot: slot.host for slot in placement.slots}
+    return {
+        (host_of[chunk.slot], keeper)
+        for stripe in placement.stripes
+        for chunk in stripe.data
+        for keeper in stripe.parity
+    }
+
+
+def staged(order: Sequence[int], domains: Sequence[str], per_host: int = 1) -> Placement:
+    """A mirror over hosts; order[i] has the stages i * per_host and on."""
+    hosts = [HostInfo(host, domain) for host, domain in enumerate(domains)]
+    slots = [SlotInfo(i, host, 100_000) for i, host in enumerate(h for h in order for _ in range(per_host))]
+    return place(slots, hosts, Redundancy(1, 1), 1, stages={slot.slot: slot.slot for slot in slots})
+
+
+@pytest.mark.parametrize("per_host", [1, 3])
+@pytest.mark.parametrize("hosts", range(4, 14))
+def test_no_copy_lies_beside_its_stage_where_hosts_have_domains_of_their_own(hosts: int, per_host: int) -> None:
+    for seed in range(20):
+        order = random.Random(seed).sample(range(hosts), hosts)
+        placement = staged(order, [f"host-{host}" for host in range(hosts)], per_host)
+        assert all(abs(order.index(a) - order.index(b)) > 1 for a, b in keepers(placement)), order
+        assert placement.warnings == ()
+
+
+def test_stages_next_to_each_other_in_racks_of_two_are_kept_in_the_other_rack_and_apart() -> None:
+    placement = staged([0, 1, 2, 3], ["a", "a", "b", "b"])
+    assert keepers(placement) == {(0, 2), (2, 0), (1, 3), (3, 1)}
+    # Stages 0 2 | 1 3: each of the other rack's hosts is beside one of them, but for 0 and 3.
+    placement = staged([0, 2, 1, 3], ["a", "a", "b", "b"])
+    assert {(0, 3), (3, 0)} < keepers(placement)
+    assert all({a, b} & {0, 1} and {a, b} & {2, 3} for a, b in keepers(placement))
+
+
+def test_domains_come_before_stages_and_what_cannot_be_kept_apart_is_said() -> None:
+    placement = staged([0, 1], ["host-0", "host-1"])
+    assert placement.warnings == (
+        "hosts 0 and 1 have adjacent stages and one keeps the other's copy: losing both loses a stage and its "
+        "neighbour; four or more hosts, in domains of their own, would keep them apart",
+    )
+    one_apart = staged([0, 1, 2, 3, 4, 5], ["a", "b", "b", "b", "b", "b"])
+    assert "a" in {("a", "b", "b", "b", "b", "b")[host] for pair in keepers(one_apart) for host in pair}
+    assert all(0 in pair for pair in keepers(one_apart)), "a copy in its own rack"
+    assert any("have adjacent stages" in line for line in one_apart.warnings)
+
+
+def test_stages_cost_no_memory_and_change_nothing_where_they_are_not_known() -> None:
+    for hosts, (k, m) in [(9, (1, 1)), (12, (2, 1)), (16, (6, 2))]:
+        infos = [HostInfo(host, f"rack-{host % 4}") for host in range(hosts)]
+        slots = [SlotInfo(i, i, 100_000 + 5000 * (i % 3)) for i in range(hosts)]
+        plain = place(slots, infos, Redundancy(k, m), 1)
+        assert place(slots, infos, Redundancy(k, m), 1, stages={}) == plain
+        known = place(slots, infos, Redundancy(k, m), 1, stages={i: (i * 5) % hosts for i in range(hosts)})
+        assert len(known.stripes) == len(plain.stripes)
+        assert tolerance(known) == tolerance(plain) == m

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,3 +154,36 @@ def test_a_zygote_of_another_environment_does_not_fit() -> None:
     StandbyPool(Loop(print), target=1, preload=("numpy",), environment={"A": "b"}, on_change=lambda: None, early=fake)
     assert fake.theirs.recv(1) == b"", "it is ended, and not left to wait for the end of the job"
     fake.theirs.close()
+
+
+SLOW_TO_END = """
+import os, socket, time
+from holdfast.launcher import zygote
+from holdfast.launcher.processes import become_subreaper
+
+become_subreaper()  # as the agent is
+control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+if os.fork() == 0:
+    control.close()
+    end = os._exit
+    os._exit = lambda code: (time.sleep(0.5), end(code))  # the process between zygote and standby, on a busy machine
+    agent = zygote.serve(theirs)
+    agent.send(b"%d" % os.getpid())
+    agent.recv(1)
+    end(7)
+theirs.close()
+ours, standby = socket.socketpair()
+socket.send_fds(control, [zygote.FORK], [standby.fileno()])
+standby.close()
+pid = int(ours.recv(64))
+ended, _ = os.waitpid(pid, os.WNOHANG)  # ChildProcessError if it is not our child yet
+ours.send(b"x")
+print(ended, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_standby_is_ready_only_when_the_agent_can_wait_for_it() -> None:
+    """A rank was taken for lost with exit code 255 if the process between it and the zygote was slow to end."""
+    command = [sys.executable, "-c", SLOW_TO_END]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.stdout == "0 7\n", run.stderr

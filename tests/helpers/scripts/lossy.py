@@ -1,6 +1,7 @@
 """A small pipeline whose stages are lost; and, in one plain process, what is then expected of it.
 
     lossy.py [--model blocks|edges] [--steps N] [--out DIR] [--split 1,1,1,1] [--cut RANK:STEP] [--swapped]
+             [--step-seconds S]
     lossy.py --plain '[{"step": 5, "stage": 2, "how": "average"}, ...]' ...
 
 `--plain` trains all layers on one rank and does by hand, after the step, what the rung should have done to a stage:
@@ -16,6 +17,7 @@ import argparse
 import copy
 import json
 import os
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--cut", default="")
     parser.add_argument("--swapped", action="store_true")
     parser.add_argument("--exponent", type=float, default=1.0)
+    parser.add_argument("--step-seconds", type=float, default=0.0, help="sleep so long after each step, and print it")
     arguments = parser.parse_args()
     split = [int(part) for part in arguments.split.split(",")]
     edges = arguments.model == "edges"
@@ -197,6 +200,9 @@ def main() -> None:
         told.append({"step": result.step, "loss": result.loss, "lr": result.lr, "recovered": result.recovered})
         if surgeon is not None:
             surgeon.after(result.step)
+        if arguments.step_seconds:
+            print(f"hostjob: rank {trainer.rank} step {result.step}", flush=True)
+            time.sleep(arguments.step_seconds)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         save_file(trainer.final_state(), arguments.out / f"rank-{trainer.rank}.safetensors")
