@@ -20,6 +20,8 @@ class Options:
 
     scrub_bytes_per_s: int = 64_000_000
     """0.3 % of one core's memory bandwidth: 64 GB of snapshots are looked at every 17 minutes."""
+    scrub_pass_s: float = 0.5
+    """A look at everything takes at least so long: small images would else be read over and over."""
     io_s: float = 5.0
     """A peer that sends nothing for so long while it owes us something is lost."""
     hello_s: float = 5.0

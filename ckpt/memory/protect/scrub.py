@@ -299,35 +299,31 @@ class Scrubber:
 
     def run(self) -> None:
         """For ever, unless the rate is 0."""
-        rate = self._sources.options.scrub_bytes_per_s
-        while rate and not self._ended.is_set():
-            looked = 0
+        options = self._sources.options
+        while options.scrub_bytes_per_s and not self._ended.is_set():
+            began = time.monotonic()
             for held in self._sources.local.all():
                 if held.record is not None and not self._ended.is_set():
-                    looked += self._scrub(held, held.record)
+                    self._scrub(held, held.record)
             self._repairer.counters.scrubbed_passes += 1
-            if not looked:
-                self._ended.wait(self._sources.options.retry_s)
+            self._ended.wait(max(0.0, options.scrub_pass_s - (time.monotonic() - began)))
 
-    def _scrub(self, held: Held, record: Record) -> int:
-        """One half; bytes looked at."""
+    def _scrub(self, held: Held, record: Record) -> None:
+        """One half."""
         if pen.overtaken(held.half, record):
-            return 0
+            return
         found = header_damaged(held, record, self._job) or tail_damaged(held, record)
-        looked = 0
         for blocks in record.chunks:
             for block, start, stop in blocks.spans():
                 if self._ended.is_set():
-                    return 0
+                    return
                 self._pace(stop - start)
                 found = block_damaged(held, blocks, block) or found
                 self._repairer.counters.scrubbed_blocks += 1
-                looked += stop - start
                 if pen.overtaken(held.half, record):
-                    return looked
+                    return
         if found:
             self._repairer.suspect(held.slot, held.index)
-        return max(looked, 1)
 
     def _pace(self, nbytes: int) -> None:
         """Not faster than the rate, and no catching up after a pause."""
