@@ -24,6 +24,7 @@ Make = Callable[[tuple[Any, ...]], object]
 
 DEPTH_MAX: Final = 200
 NODES_MAX: Final = 50_000_000
+SMALL_NODES: Final = 1_000_000
 KEY_TUPLE_MAX: Final = 16
 
 
@@ -160,7 +161,30 @@ def _children(value: object) -> list[Any] | tuple[Any, ...]:
 
 
 def measure(root: object, where: str) -> None:
-    """Refuse a result with a cycle, too deep, or too large when written out; visits each object once."""
+    """Refuse a result with a cycle, too deep, or too large when written out."""
+    if not _is_small(root):
+        _measure(root, where)
+
+
+def _is_small(root: object) -> bool:
+    """Whether a walk level by level, shared parts as often as they appear, ends early: it does for all but a few."""
+    level, nodes = [root], 1
+    for _ in range(DEPTH_MAX):
+        below: list[Any] = []
+        for value in level:
+            children = _children(value)
+            nodes += len(children)
+            if nodes > SMALL_NODES:  # one part in many places may unfold into anything
+                return False
+            below += [child for child in children if type(child) not in LEAVES]
+        if not below:
+            return True
+        level = below
+    return False
+
+
+def _measure(root: object, where: str) -> None:
+    """The same for any value; visits each object once."""
     done: dict[int, tuple[int, int]] = {}
     open_: set[int] = set()
     # A value, and once it is entered: its children that are containers, and how many children there are.

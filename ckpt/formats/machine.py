@@ -18,6 +18,8 @@ from .inert import Global, Instance, Make, key_of
 Persistent = Callable[[object], object]
 
 STOP: Final = ord(".")
+MEMOIZE, TUPLE1, EMPTY_TUPLE, BININT2, BINGET, LONG_BINGET = 0x94, 0x85, ord(")"), ord("M"), ord("h"), ord("j")
+OFTEN: Final = frozenset((MEMOIZE, TUPLE1, EMPTY_TUPLE, BININT2, BINGET, LONG_BINGET))
 FORMS: Final = {form: struct.Struct("<" + form) for form in "BHIiQ"}
 STACK_MAX: Final = 20_000_000
 MARKS_MAX: Final = 1000
@@ -46,18 +48,40 @@ class Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, operations: Mapping[int, Callable[[Machine], None]]) -> Any:
-        data = self.data
+        data, stack, marks, memo = self.data, self.stack, self.marks, self.memo
+        crowded = len(data) > STACK_MAX  # an opcode is a byte at least, and pushes one value at most
+        at = self.at
         while True:
-            code = data[self.at]
-            self.at += 1
+            code = data[at]
+            at += 1
+            if code in OFTEN and len(stack) > (marks[-1] if marks else 0):
+                # As the operations do it, without their calls: two thirds of a checkpoint's metadata are these.
+                if code == MEMOIZE:
+                    memo[len(memo)] = stack[-1]
+                elif code == TUPLE1:
+                    stack[-1] = (stack[-1],)
+                elif code == EMPTY_TUPLE:
+                    stack.append(())
+                elif code == BININT2:
+                    stack.append(data[at] | data[at + 1] << 8)
+                    at += 2
+                else:  # recall
+                    size = 1 if code == BINGET else 4
+                    index = int.from_bytes(data[at : at + size], "little")
+                    at += size
+                    self.at = at
+                    self.get(index)
+                continue
+            self.at = at
             if code == STOP:
                 break
             operation = operations.get(code)
             if operation is None:
-                raise CorruptError("a pickle opcode that no checkpoint has", file=self.where, opcode=code, at=self.at)
+                raise CorruptError("a pickle opcode that no checkpoint has", file=self.where, opcode=code, at=at)
             operation(self)
-            if len(self.stack) > STACK_MAX or len(self.marks) > MARKS_MAX:
-                raise CorruptError("a pickle that stacks too much", file=self.where, at=self.at)
+            at = self.at
+            if crowded and len(stack) > STACK_MAX:
+                raise CorruptError("a pickle that stacks too much", file=self.where, at=at)
         if len(self.stack) != 1 or self.marks:
             raise CorruptError("a pickle that does not end with one value", file=self.where)
         return self.stack[0]
@@ -79,8 +103,9 @@ class Machine:
         return self.data[at]  # beyond the end: an IndexError, which the caller explains
 
     def number(self, form: str) -> Any:
-        known = FORMS[form]
-        return known.unpack(self.take(known.size))[0]
+        known, at = FORMS[form], self.at
+        self.at = at + known.size
+        return known.unpack_from(self.data, at)[0]  # beyond the end: a struct.error
 
     def line(self) -> str:
         end = self.data.index(b"\n", self.at)
@@ -100,10 +125,24 @@ class Machine:
             raise CorruptError("a pickle that takes from an empty stack", file=self.where, at=self.at)
         return self.stack.pop()
 
+    def mark(self) -> None:
+        if len(self.marks) >= MARKS_MAX:
+            raise CorruptError("a pickle that stacks too much", file=self.where, at=self.at)
+        self.marks.append(len(self.stack))
+
     def top(self) -> Any:
         if not self.stack or (self.marks and len(self.stack) <= self.marks[-1]):
             raise CorruptError("a pickle that looks at an empty stack", file=self.where, at=self.at)
         return self.stack[-1]
+
+    def last(self, count: int) -> list[Any]:
+        """Take the last values, oldest first."""
+        start = len(self.stack) - count
+        if start < (self.marks[-1] if self.marks else 0):
+            raise CorruptError("a pickle that takes from an empty stack", file=self.where, at=self.at)
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
 
     def since_mark(self) -> list[Any]:
         if not self.marks:
@@ -169,7 +208,7 @@ class Machine:
     def get(self, index: int) -> None:
         if index not in self.memo:
             raise CorruptError("a pickle that recalls what it never stored", file=self.where, at=self.at)
-        self.push(self.memo[index])
+        self.stack.append(self.memo[index])
 
     def persist(self, pid: object) -> None:
         if self.persistent is None:

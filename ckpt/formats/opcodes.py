@@ -55,11 +55,7 @@ def _protocol(m: Machine) -> None:
 
 
 def _tuple(count: int) -> Operation:
-    def operation(m: Machine) -> None:
-        items = [m.pop() for _ in range(count)]
-        m.push(tuple(reversed(items)))
-
-    return operation
+    return lambda m: m.push(tuple(m.last(count)))
 
 
 def _constant(make: Callable[[], object]) -> Operation:
@@ -139,7 +135,7 @@ OPERATIONS: Final[Mapping[int, Operation]] = MappingProxyType(
     {
         ord(code): operation
         for code, operation in {
-            "(": lambda m: m.marks.append(len(m.stack)),
+            "(": lambda m: m.mark(),
             "0": _pop,
             "1": _pop_mark,
             "2": lambda m: m.push(m.top()),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from ..collecting import uncollected
 from ..universal.errors import UsageError
 from ..universal.model import Checkpoint
 from ..universal.open import is_ours, open_checkpoint
@@ -50,6 +51,7 @@ def detect(path: Path | str) -> str | None:
     return next((name for name, knows, _ in FORMATS if knows(Path(path))), None)
 
 
+@uncollected()
 def open_any(path: Path | str) -> Checkpoint:
     """The checkpoint at `path`, whatever its format."""
     path = Path(path)

@@ -115,19 +115,25 @@ _ONE_TENSOR: Final = re.compile(
 )
 """The pickle of one tensor of one to three dims and nothing else, byte for byte as torch.save writes it. DCP's
 checkpoints have one for each part of each tensor; what does not match goes through unpickle.py, and gives the same."""
-_COUNTS: Final = {b"K": "<B", b"M": "<H", b"J": "<i"}
 
 
 def _counts(code: bytes) -> list[int]:
     """The integers of such opcodes, and the code of the tuple that holds them as its length."""
     found, at = [], 0
     while at < len(code):
-        form = _COUNTS.get(code[at : at + 1])
-        if form is None:
-            found.append(code[at] - 0x84)
+        form = code[at]
+        if form == 0x4B:  # K: a byte, M: two, J: four with a sign
+            found.append(code[at + 1])
+            at += 2
+        elif form == 0x4D:
+            found.append(int.from_bytes(code[at + 1 : at + 3], "little"))
+            at += 3
+        elif form == 0x4A:
+            found.append(int.from_bytes(code[at + 1 : at + 5], "little", signed=True))
+            at += 5
+        else:
+            found.append(form - 0x84)
             break
-        found.append(struct.unpack_from(form, code, at + 1)[0])
-        at += 1 + struct.calcsize(form)
     return found
 
 
@@ -188,13 +194,21 @@ class Stored:
 
 def extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last, both included."""
-    if not math.prod(shape):
-        return 0
-    return sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 1
+    last = 0
+    for length, step in zip(shape, strides, strict=True):
+        if not length:
+            return 0
+        last += (length - 1) * step
+    return last + 1
+
+
+_INT: Final = frozenset((int,))
 
 
 def is_counts(value: object) -> bool:
-    return isinstance(value, tuple) and all(type(n) is int and 0 <= n <= ELEMENTS_MAX for n in value)
+    if not isinstance(value, tuple) or not _INT.issuperset(map(type, value)):
+        return False
+    return not value or (min(value) >= 0 and max(value) <= ELEMENTS_MAX)
 
 
 def read_torch(
@@ -223,7 +237,7 @@ def read_region(
 ) -> Any:
     """As read_torch(), from an open file; `file` is what Stored and errors call it."""
     start, stop = region if region is not None else (0, None)
-    return _Reader(Archive(fd, file, start, stop), file).value(names | INERT_NAMES, make or {})
+    return _Reader(Archive(fd, file, start, stop), file).value(names, make or {})
 
 
 def globals_of(path: Path) -> tuple[str, ...]:
@@ -267,21 +281,21 @@ class _Reader:
         return self.archive.read(self.archive.members[self.prefix + "data.pkl"], BYTES_MAX)
 
     def value(self, names: frozenset[tuple[str, str]], make: Mapping[tuple[str, str], Make]) -> Any:
-        ours: dict[tuple[str, str], Make] = {
-            ("torch._utils", "_rebuild_tensor"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
-            ("torch._utils", "_rebuild_parameter"): self._first,
-            ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
-        }
         data = self.pickled()
         value = self._single(data) if not make else None
         if value is None:
-            allowed = TORCH_NAMES | names
+            ours: dict[tuple[str, str], Make] = {
+                ("torch._utils", "_rebuild_tensor"): self._tensor,
+                ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+                ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
+                ("torch._utils", "_rebuild_parameter"): self._first,
+                ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
+            }
+            allowed = TORCH_NAMES | INERT_NAMES | names
             value = loads(data, allowed=allowed, persistent=self._storage, make={**ours, **make}, where=self.file)
         members = self.archive.members
-        used = {self.prefix + "data/" + key for key in self.storages}
-        self.archive.check_room(sorted((members[n] for n in used), key=lambda m: m.header))
+        used = [members[f"{self.prefix}data/{key}"] for key in self.storages]
+        self.archive.check_room(sorted(used, key=lambda m: m.header))
         return value
 
     def _single(self, data: bytes) -> Stored | None:

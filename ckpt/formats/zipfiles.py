@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..universal.errors import CorruptError
 
@@ -34,8 +33,7 @@ ENCRYPTED: Final = 0x1
 ZIP64_EXTRA: Final = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A stored file in an archive; `header` is where its local header begins, in the whole file."""
 
     name: str
@@ -100,26 +98,31 @@ class Archive:
 
     def _members(self, data: bytes, count: int) -> dict[str, Member]:
         found: dict[str, Member] = {}
-        at = 0
+        at, reached, ordered = 0, self.start, True
         for _ in range(count):
             if at + CENTRAL.size > len(data):
                 raise self._corrupt("a zip directory that ends too early")
-            fields = CENTRAL.unpack_from(data, at)
-            flags, method, crc, packed, nbytes = fields[3], fields[4], fields[7], fields[8], fields[9]
-            name_bytes, extra_bytes, comment_bytes, disk = fields[10:14]
-            end = at + CENTRAL.size + name_bytes + extra_bytes + comment_bytes
-            if fields[0] != b"PK\1\2" or end > len(data):
+            # fmt: off
+            (magic, _, _, flags, method, _, _, crc, packed, nbytes,
+             name_bytes, extra_bytes, comment_bytes, disk, _, _, header) = CENTRAL.unpack_from(data, at)
+            # fmt: on
+            behind = at + CENTRAL.size + name_bytes
+            end = behind + extra_bytes + comment_bytes
+            if magic != b"PK\1\2" or end > len(data):
                 raise self._corrupt("a broken zip directory")
-            name = self._name(data[at + CENTRAL.size : at + CENTRAL.size + name_bytes])
-            extra = data[at + CENTRAL.size + name_bytes : at + CENTRAL.size + name_bytes + extra_bytes]
-            nbytes, packed, header = self._large(extra, nbytes, packed, fields[16])
+            name = self._name(data[at + CENTRAL.size : behind])
+            if FULL32 in (nbytes, packed, header):
+                nbytes, packed, header = self._large(data[behind : behind + extra_bytes], nbytes, packed, header)
             if method or flags & ENCRYPTED or packed != nbytes or disk not in (0, FULL16):
                 raise self._corrupt("a zip member that is compressed, encrypted or elsewhere", member=name)
             if name in found:
                 raise self._corrupt("a zip with a name twice", member=name)
-            found[name] = Member(name, self.start + header, nbytes, crc)
+            member = found[name] = Member(name, self.start + header, nbytes, crc)
+            ordered = ordered and member.header >= reached
+            reached = member.header + LOCAL.size + name_bytes + nbytes
             at = end
-        self._check_disjoint(found)
+        if not ordered or reached > self.directory:
+            self._check_disjoint(found)
         return found
 
     def _name(self, raw: bytes) -> str:
@@ -129,10 +132,8 @@ class Archive:
             raise self._corrupt("a zip with a name that is not UTF-8") from error
 
     def _large(self, extra: bytes, nbytes: int, packed: int, header: int) -> tuple[int, int, int]:
-        """Sizes and offset, taken from the zip64 field where the 32-bit ones say so."""
+        """Sizes and offset, taken from the zip64 field where the 32-bit ones say so: at least one does."""
         values = [nbytes, packed, header]
-        if FULL32 not in values:
-            return nbytes, packed, header
         at = 0
         while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<HH", extra, at)
@@ -159,11 +160,12 @@ class Archive:
 
     def data_offset(self, member: Member) -> int:
         """Where the member's bytes begin, in the whole file."""
-        fields = LOCAL.unpack(self._read(member.header, LOCAL.size))
+        name = member.name.encode()
+        header = self._read(member.header, LOCAL.size + len(name))
+        fields = LOCAL.unpack_from(header)
         name_bytes, extra_bytes = int(fields[9]), int(fields[10])
-        name = self._read(member.header + LOCAL.size, name_bytes)
         offset = member.header + LOCAL.size + name_bytes + extra_bytes
-        agrees = fields[0] == b"PK\3\4" and name == member.name.encode() and fields[3] == 0
+        agrees = fields[0] == b"PK\3\4" and fields[3] == 0 and name_bytes == len(name) and header.endswith(name)
         if not agrees or offset + member.nbytes > self.directory:
             raise self._corrupt("a zip member whose own header says something else", member=member.name)
         for other in (fields[7], fields[8]):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -49,6 +50,7 @@ KEPT: Final = ("exact", "remapped", "absent")
 CODECS: Final = ("raw", "zstd-planes")
 
 
+@lru_cache(maxsize=4096)  # a checkpoint names each of its files as often as it has tensors there
 def safe_path(path: str) -> bool:
     """Whether `path` is relative, normal and stays below where it starts. Purely by its letters."""
     if not path or len(path) > 4096 or "\0" in path or "\\" in path or path.startswith("/"):
@@ -111,7 +113,10 @@ class Slab:
         if (self.box is None) == (self.flat is None):
             raise CorruptError("a slab is a box or a flat range, not both or neither", file=self.span.file)
         ranges = self.box if self.box is not None else (self.flat or (0, 0),)
-        if len(ranges) > RANK_MAX or any(not 0 <= start <= stop for start, stop in ranges):
+        possible = len(ranges) <= RANK_MAX
+        for start, stop in ranges:
+            possible = possible and 0 <= start <= stop
+        if not possible:
             raise CorruptError("a slab with an impossible range", file=self.span.file, range=ranges)
         self._check_strides()
         self._check_chunks()
@@ -162,7 +167,10 @@ class Slab:
 
     @property
     def elements(self) -> int:
-        return math.prod(self.shape)
+        count = 1
+        for start, stop in self.box if self.box is not None else (self.flat or (0, 0),):
+            count *= stop - start
+        return count
 
     @property
     def nbytes(self) -> int:

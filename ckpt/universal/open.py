@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+from ..collecting import uncollected
 from .chunks import digest
 from .disk import explained
 from .errors import CheckpointError, CorruptError, IncompleteError
@@ -44,6 +45,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return checkpoint
 
 
+@uncollected()
 def load(home: Path, problem: Callable[[CheckpointError], None]) -> Checkpoint:
     """As open_checkpoint(), without looking at the payload. A broken metadata file goes to `problem`."""
     if not home.is_dir():
