@@ -1,13 +1,16 @@
 """Losses of whole hosts, in network namespaces; every run must end with the bits of the unbroken one.
 
     python benchmarks/host_losses.py [--codes 1+1,2+1,3+1,4+2,6+2] [--out FILE --resume] [--budget-s S] [--per-job 8]
+                                     [--policy wait|spread|beyond] [--sample N]
 
 For each code k+m jobs of one rank a host on k+m hosts, one pipeline stage each. --policy wait: *every* combination of
 1..m hosts is lost, --per-job of them one after another in a job: all processes of those hosts are killed at the same
 moment, the hosts come back as new machines with empty memory, their ranks' state is decoded there from what the others
 hold, and once parity is complete again the next combination follows. --policy spread: a job for each combination, whose
 ranks go on on the hosts that are left. Checked: exit codes, parameters and optimizer state torch.equal to a run of one
-process without failures, a recovery for each loss. A combination counts as shown when its job ended right.
+process without failures, a recovery for each loss. --policy beyond: a job for each combination of m+1 hosts, or for
+--sample of them, which must end in seconds with one line that says whose state is lost. A combination counts as shown
+when its job ended right.
 
 It tests what is true, not how fast: leases are long, so that on a busy machine nobody is taken for lost who is not.
 --out has a JSON line for each job that ended, and --resume leaves out what these show; --budget-s begins nothing that
@@ -53,6 +56,13 @@ def combinations(hosts: int, most: int) -> list[tuple[int, ...]]:
     found = [lost for count in range(1, most + 1) for lost in itertools.combinations(range(hosts), count)]
     random.Random(hosts).shuffle(found)
     return found
+
+
+def sets_of(k: int, m: int, policy: str) -> list[tuple[int, ...]]:
+    """What is lost under a policy: 1..m hosts, or m+1 that leave somebody to say so."""
+    if policy != "beyond":
+        return combinations(k + m, m)
+    return [lost for lost in combinations(k + m, m + 1) if len(lost) == m + 1 < k + m]
 
 
 def steps_of(job: HostJob) -> int:
@@ -281,6 +291,45 @@ def spread_job(job: HostJob, code: str, lost: tuple[int, ...], expected: Ended) 
     return result
 
 
+def beyond_campaign(code: str, open_: list[tuple[int, ...]], arguments: argparse.Namespace, log: Log) -> None:
+    """A job for each of `open_`, more hosts than parity makes up for: an end in one line, and no other."""
+    k, m = map(int, code.split("+"))
+    for lost in open_:
+        if not log.clock.has_time(job=True):
+            return
+        began = time.monotonic()
+        with Hosts(k + m) as hosts:
+            words = ["--steps", "400", "--step-seconds", str(arguments.step_seconds)]
+            options = options_of(code, "spread", HOST_LEASE_S, RANK_LEASE_S)
+            log.add(beyond_job(start_in_waves(hosts, words, options), code, lost))
+        log.clock.job_s = time.monotonic() - began
+        print(f"{code}: {log.says(code)}", file=sys.stderr, flush=True)
+
+
+def beyond_job(job: HostJob, code: str, lost: tuple[int, ...]) -> dict[str, Any]:
+    """Lose these hosts, and see how the others end."""
+    result: dict[str, Any] = {"code": code, "policy": "beyond", "lost": [list(lost)], "wrong": [], "sources": []}
+    try:
+        wait_for(lambda: is_protected(job) and steps_of(job) > 8, START_S, "parity")
+        began = time.monotonic()
+        for index in lost:
+            job.hosts[index].kill()
+        ended = job.wait(END_S, only=set(range(len(job.hosts))) - set(lost))
+    except AssertionError as error:
+        result["wrong"].append(str(error)[-3000:])
+        job.kill()
+        return result
+    result["back_s"] = [round(time.monotonic() - began, 2)]
+    lines = {line for text in ended.errs.values() for line in text.splitlines() if "holdfast: error:" in line}
+    said = sorted(line for line in lines if "the state of rank" in line)
+    result["said"] = said[:1]
+    if set(ended.codes.values()) != {1} or len(said) != 1:
+        result["wrong"].append(f"exit {ended.codes}, said {sorted(lines)}")
+    if any(event["event"] == "recovery" for event in ended.events):
+        result["wrong"].append("a generation went on without the lost state")
+    return result | {"recoveries": 0, "exact": True, "restore_ms": []}
+
+
 class Log:
     """What jobs have shown, now and in earlier runs of the campaign."""
 
@@ -315,7 +364,7 @@ class Log:
     def says(self, code: str) -> str:
         """How many of how many."""
         k, m = map(int, code.split("+"))
-        whole = len(combinations(k + m, m))
+        whole = len(sets_of(k, m, self._policy))
         return f"{len(self.shown(code))} of {whole} combinations shown, {len(self.of(code, right=False))} jobs wrong"
 
     def row(self, code: str) -> list[object]:
@@ -326,7 +375,7 @@ class Log:
         restore = [ms for one in right for ms in one["restore_ms"]]
         return [
             code,
-            f"{len(self.shown(code))} of {len(combinations(k + m, m))}",
+            f"{len(self.shown(code))} of {len(sets_of(k, m, self._policy))}",
             len(right),
             len(self.of(code, right=False)),
             sum(one["recoveries"] for one in right),
@@ -336,11 +385,14 @@ class Log:
         ]
 
 
+CAMPAIGNS = {"wait": wait_campaign, "spread": spread_campaign, "beyond": beyond_campaign}
+
+
 def main() -> int:
     """Run the campaign; exit code 1 if anything went wrong, 3 if there was no time for all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codes", default="1+1,2+1,3+1,4+2,6+2")
-    parser.add_argument("--policy", choices=("wait", "spread"), default="wait")
+    parser.add_argument("--policy", choices=tuple(CAMPAIGNS), default="wait")
     parser.add_argument("--sample", type=int, default=0, help="so many combinations of each code (default: all)")
     parser.add_argument("--step-seconds", type=float, default=0.5)
     parser.add_argument("--per-job", type=int, default=8, help="combinations in one job, if hosts come back (8)")
@@ -359,9 +411,8 @@ def main() -> int:
     complete = True
     for code in codes:
         k, m = map(int, code.split("+"))
-        chosen = combinations(k + m, m)[: arguments.sample or None]
-        campaign = wait_campaign if arguments.policy == "wait" else spread_campaign
-        campaign(code, [lost for lost in chosen if lost not in log.shown(code)], arguments, log)
+        chosen = sets_of(k, m, arguments.policy)[: arguments.sample or None]
+        CAMPAIGNS[arguments.policy](code, [lost for lost in chosen if lost not in log.shown(code)], arguments, log)
         complete &= log.shown(code) >= set(chosen)
         print(f"{code}: {log.says(code)}", flush=True)
     columns = ["code", "combinations", "jobs right", "jobs wrong", "recoveries", "exact", "back s", "restore ms"]

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from .dtypes import TORCH_NAMES
 from .formats.registry import open_any
 from .universal.errors import IncompleteError, UsageError
 from .universal.model import TensorState
@@ -25,27 +26,6 @@ from .universal.read import Reader
 
 if TYPE_CHECKING:
     import torch
-
-TORCH_NAMES: Final[Mapping[str, str]] = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
-"""Dtypes, by safetensors' names."""
 
 
 def load(

@@ -24,14 +24,14 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from holdfast.ckpt.memory.placement import decodable, place
-from holdfast.ckpt.memory.redundancy import NONE, SHARDS_MAX, HostInfo, Placement, Redundancy, SlotInfo
+from holdfast.ckpt.memory.redundancy import HostInfo, Placement
 from holdfast.runtime.recovery.decide import Impossible, Resume
-from holdfast.runtime.recovery.ladder import stages
 
 from .actions import Action, Adopt, Announce, Form, Probe, Record, StepDown, StopJob, Tell, Welcome
 from .council import Council, councils
 from .hosts import FIRST, Host, HostBook, Roster, Term, assign
 from .membership import Membership
+from .placing import fitting, snapshots, stages_of
 from .shown import host_rows, redundancy_row
 from .slots import Joined
 from .verdict import choose
@@ -41,18 +41,6 @@ TERM_BITS: Final = 32
 """Rosters of a later coordinator have larger numbers, whatever its predecessor told that it never heard of."""
 REBUILDS_TRIED: Final = 8
 """Generations in a row that may fail to rebuild the same step: shards that are reported may yet be out of reach."""
-
-
-def fitting(text: str, hosts: int, mode: str = "exact") -> Redundancy:
-    """What was asked for, as far as so many hosts can give it: after losses less is better than nothing.
-
-    `auto` with recovery mode "stale", where any two hosts could not be lost anyway, is a mirror on a host that has no
-    adjacent stage: then any hosts may be lost but the two of a pair.
-    """
-    if text.startswith("rs:"):
-        return Redundancy.parse(text, SHARDS_MAX).fitted(hosts)
-    found = Redundancy.parse(text, hosts) if hosts > 1 else NONE
-    return Redundancy(1, 1) if text == "auto" and mode == "stale" and found.m == 1 else found
 
 
 class Job(Membership):
@@ -322,23 +310,17 @@ class Job(Membership):
 
     def _protect(self, joins: Mapping[int, Joined]) -> list[Action]:
         """A new placement, if hosts or sizes are not those of the current one."""
-        reports = {rank: joined.report for rank, joined in sorted(joins.items())}
-        indices = sorted({self.slots[rank].host for rank in reports})
+        indices = sorted({self.slots[rank].host for rank in joins})
         redundancy = fitting(self._redundancy, len(indices), next(iter(joins.values())).recovery)
         if redundancy.m == 0 or not all(joined.image_bytes for joined in joins.values()):
             self._current, self.placement = None, 0
             return []
-        slots = tuple(
-            SlotInfo(rank, self.slots[rank].host, joins[rank].image_bytes, min(of.peers) if len(of.peers) > 1 else -1)
-            for rank, of in reports.items()
-        )
+        slots = snapshots(joins, {rank: self.slots[rank].host for rank in joins})
         hosts = tuple(HostInfo(index, self.book.all[index].domain or f"host-{index}") for index in indices)
         old = self._current
         if old is not None and (old.slots, old.hosts) == (slots, hosts):
             return []
-        # Ranks say what they host where something else than exact may come: there it matters who is whose neighbour.
-        where = stages(list(reports.values())) if all(of.units for of in reports.values()) else None
-        placement = place(slots, hosts, redundancy, self.generation, stages=where)
+        placement = place(slots, hosts, redundancy, self.generation, stages=stages_of(joins))
         self._current, self.placement = placement, placement.number
         self._placements = [*self._placements, placement][-PLACEMENTS_KEPT:]
         event = {"placement": placement.number, "k": placement.k, "m": placement.m, "stripes": len(placement.stripes)}

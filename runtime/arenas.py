@@ -7,23 +7,14 @@ from typing import Any
 
 import torch
 
+from holdfast.ckpt.dtypes import TORCH_NAMES
 from holdfast.ckpt.memory.arena import HEADER_BYTES, ArenaEntry, arena_bytes, layout
 from holdfast.ckpt.memory.table import aligned
+from holdfast.ckpt.pieces import ITEM_BYTES
 
 from .state import Entry
 
-DTYPES: dict[torch.dtype, str] = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+DTYPES: dict[torch.dtype, str] = {getattr(torch, TORCH_NAMES[kind]): kind for kind in ITEM_BYTES}
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 

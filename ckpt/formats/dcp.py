@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from ..dtypes import FROM_TORCH
 from ..universal.disk import explained
 from ..universal.errors import CorruptError, IncompleteError
 from ..universal.model import Checkpoint, Kept, Slab, Span, safe_path
 from .building import Builder
 from .dcp_paths import Places, where
 from .inert import Global, Instance
-from .torchzip import DTYPES, TORCH_NAMES, Stored, is_counts, number, opened, plain, read_region
+from .torchzip import TORCH_GLOBALS, Stored, is_counts, number, opened, plain, read_region
 from .unpickle import BYTES_MAX, loads
 
 META: Final = "torch.distributed.checkpoint.metadata"
@@ -78,7 +79,7 @@ def open(path: Path) -> Checkpoint:
         if (path / METADATA).stat().st_size > BYTES_MAX:
             raise CorruptError("metadata larger than any checkpoint's", file=METADATA)
         data = (path / METADATA).read_bytes()
-    plan = _plan(loads(data, allowed=NAMES | TORCH_NAMES, where=METADATA))
+    plan = _plan(loads(data, allowed=NAMES | TORCH_GLOBALS, where=METADATA))
     _check_files(path, plan)
     builder = Builder()
     megatron = (path / "metadata.json").is_file()
@@ -145,7 +146,7 @@ def _tensor(name: str, entry: Instance) -> tuple[str, tuple[int, ...], list[tupl
     if isinstance(properties, Instance):
         state = properties.state
         dtype = state[0] if isinstance(state, tuple) and state else properties.get("dtype")
-    if not isinstance(dtype, Global) or dtype.name not in DTYPES:
+    if not isinstance(dtype, Global) or dtype.name not in FROM_TORCH:
         raise _wrong("a tensor of an unknown dtype", name=name, dtype=str(dtype))
     if not isinstance(shape, tuple) or not is_counts(shape) or not isinstance(chunks, list):
         raise _wrong("a tensor of an impossible shape", name=name)
@@ -157,7 +158,7 @@ def _tensor(name: str, entry: Instance) -> tuple[str, tuple[int, ...], list[tupl
         if not len(offsets) == len(sizes) == len(shape):
             raise _wrong("a chunk of another rank than its tensor", name=name)
         found.append((offsets, sizes))
-    return DTYPES[dtype.name], shape, found
+    return FROM_TORCH[dtype.name], shape, found
 
 
 def _check_files(path: Path, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ..dtypes import TORCH_NAMES
 from ..universal.disk import Disk, explained
 from ..universal.errors import UsageError
 from ..universal.model import Box, TensorState
@@ -29,11 +30,8 @@ from .pickling import Construct, dumps, size
 from .source import box_stream, master_of, parameters, value_of
 from .torch_file import hyper_of
 from .torchwrite import Tensor, archive_into, scalar
-from .torchzip import DTYPES
 
 FILESYSTEM: Final = "torch.distributed.checkpoint.filesystem"
-DTYPE_NAMES: Final = {dtype: name for name, dtype in reversed(list(DTYPES.items()))}
-"""safetensors' name -> torch's; where torch has two names, the first of DTYPES."""
 
 Path_ = tuple[str | int, ...]
 
@@ -204,4 +202,4 @@ def _properties(dtype: str) -> Construct:
     """dtype, strided, no gradient, contiguous, not pinned: TensorProperties pickles as this tuple."""
     layout = Construct(Global("torch.serialization", "_get_layout"), ("torch.strided",))
     contiguous = Construct(Global(META, "_MEM_FORMAT_ENCODING"), (0,))
-    return _object("TensorProperties", (Global("torch", DTYPE_NAMES[dtype]), layout, False, contiguous, False))
+    return _object("TensorProperties", (Global("torch", TORCH_NAMES[dtype]), layout, False, contiguous, False))

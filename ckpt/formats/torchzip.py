@@ -23,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, cast
 
+from ..dtypes import FROM_TORCH
 from ..universal.disk import explained
 from ..universal.errors import CorruptError
 from ..universal.model import ELEMENTS_MAX, ITEM_BYTES, RANK_MAX, Slab, Span
@@ -46,36 +47,10 @@ STORAGES: Final[Mapping[str, str]] = MappingProxyType(
         "UntypedStorage": "U8",
     }
 )
-DTYPES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "float64": "F64",
-        "double": "F64",
-        "float32": "F32",
-        "float": "F32",
-        "float16": "F16",
-        "half": "F16",
-        "bfloat16": "BF16",
-        "float8_e4m3fn": "F8_E4M3",
-        "float8_e5m2": "F8_E5M2",
-        "float8_e8m0fnu": "F8_E8M0",
-        "int64": "I64",
-        "long": "I64",
-        "int32": "I32",
-        "int": "I32",
-        "int16": "I16",
-        "int8": "I8",
-        "uint8": "U8",
-        "uint16": "U16",
-        "uint32": "U32",
-        "uint64": "U64",
-        "bool": "BOOL",
-        "complex64": "C64",
-    }
-)
-TORCH_NAMES: Final = frozenset(
+TORCH_GLOBALS: Final = frozenset(
     [
         *(("torch", name) for name in STORAGES),
-        *(("torch", name) for name in DTYPES),
+        *(("torch", name) for name in FROM_TORCH),
         ("torch.storage", "UntypedStorage"),
         ("torch.storage", "TypedStorage"),
         ("torch", "Tensor"),
@@ -291,7 +266,7 @@ class _Reader:
                 ("torch._utils", "_rebuild_parameter"): self._first,
                 ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
             }
-            allowed = TORCH_NAMES | INERT_NAMES | names
+            allowed = TORCH_GLOBALS | INERT_NAMES | names
             value = loads(data, allowed=allowed, persistent=self._storage, make={**ours, **make}, where=self.file)
         members = self.archive.members
         used = [members[f"{self.prefix}data/{key}"] for key in self.storages]
@@ -342,7 +317,7 @@ class _Reader:
         """_rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, metadata)."""
         if len(args) < 7 or not isinstance(args[0], Storage) or not isinstance(args[6], Global):
             raise CorruptError("a tensor without a storage or a dtype", file=self.file)
-        dtype = DTYPES.get(args[6].name)
+        dtype = FROM_TORCH.get(args[6].name)
         if dtype is None:
             raise CorruptError("a tensor of an unknown dtype", file=self.file, dtype=str(args[6]))
         return self._stored(args[0], dtype, args[1], args[2], args[3])

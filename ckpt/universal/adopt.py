@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..threads import threads
 from .chunks import chunk_bytes_for, digest
 from .disk import Disk, explained
 from .errors import CorruptError, UsageError
@@ -27,6 +27,9 @@ from .manifest import COMMIT, MANIFEST, commit_bytes, encode
 from .model import Checkpoint, FileFacts, Slab, TensorState, validate
 from .scan import rest_digest, scan
 from .verify import probe
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 
 def default_home(root: Path) -> Path:
@@ -103,7 +106,7 @@ def _facts(
         for (key, at, _), slab, values in zip(members, slabs, found, strict=True):
             fresh[key][at] = replace(slab, digests=tuple(values))
 
-    with ThreadPoolExecutor(jobs, thread_name_prefix="checkpoint-adopt") as pool:
+    with threads(jobs, "checkpoint-adopt") as pool:
         for path in sorted(held.keys() | opaque):
             members = held.get(path, [])
             size = files.size(path)

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
 from ..pages import enlarge
+from ..threads import threads
 from .chunks import Codec, digest, stored_offsets
 from .convert import convert
 from .errors import CorruptError, IncompleteError, UsageError
@@ -97,7 +97,7 @@ class Reader:
         self._verify = verify
         self._files = Files(checkpoint.root, links=checkpoint.format != "holdfast" or checkpoint.home is not None)
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="checkpoint-read") if jobs > 1 else None
+        self._pool = threads(jobs, "checkpoint-read") if jobs > 1 else None
 
     @property
     def bytes_read(self) -> int:

@@ -14,15 +14,17 @@ import bisect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import xxhash
 
 from .chunks import digest, stored_offsets
 from .files import Files, block
 from .model import Slab
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 RUN_BYTES: Final = 2 << 20
 """Stays in a core's own cache between reading and digesting."""
@@ -108,6 +110,8 @@ def scan(
 
     futures = [pool.submit(work) for _ in range(jobs)]
     try:
+        from concurrent.futures import wait
+
         wait(futures)
     finally:  # whoever interrupts us closes the files
         over.set()

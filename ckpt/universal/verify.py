@@ -14,11 +14,11 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
+from ..threads import threads
 from .chunks import digest
 from .errors import CheckpointError, CorruptError
 from .files import Files
@@ -28,6 +28,9 @@ from .model import Checkpoint, FileFacts, Slab, TensorState, validate
 from .open import check_file, load
 from .scan import gaps, rest_digest, scan
 from .stheader import read_header
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 QUICK_REST_BYTES_MAX: Final = 64 << 20
 """Headers are below this; what is between slabs of a foreign file may not be."""
@@ -128,7 +131,7 @@ class _Pass:
 
     def run(self) -> list[Finding]:
         checkpoint = self._checkpoint
-        with ThreadPoolExecutor(self._jobs, thread_name_prefix="checkpoint-verify") as pool:
+        with threads(self._jobs, "checkpoint-verify") as pool:
             self._folder(checkpoint.root, checkpoint.files, pool)
             if checkpoint.home is not None:
                 self._folder(checkpoint.home, checkpoint.own_files, pool)

@@ -23,8 +23,9 @@ from holdfast.launcher.actions import (
     Welcome,
 )
 from holdfast.launcher.hosts import SILENT_NS, Host, Roster, Term
-from holdfast.launcher.job import PLACEMENTS_KEPT, REBUILDS_TRIED, Job, fitting
+from holdfast.launcher.job import PLACEMENTS_KEPT, REBUILDS_TRIED, Job
 from holdfast.launcher.membership import State
+from holdfast.launcher.placing import fitting
 from holdfast.launcher.slots import Joined
 from holdfast.runtime.recovery.decide import Report
 

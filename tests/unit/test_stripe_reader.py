@@ -145,8 +145,9 @@ def test_a_flipped_bit_anywhere_in_what_was_asked_for_at_once_is_found_at_its_bl
 
 
 def test_bytes_of_the_next_fill_are_never_returned_and_accuse_nobody(start: Start) -> None:
-    # More than sockets hold is under way, so the host is in the middle of sending when its half is overwritten.
-    machines, sources = start(20 * BLOCK_BYTES, options=Options(window=8))
+    # More than sockets hold is under way, so the host is in the middle of sending when its half is overwritten; or, if
+    # this thread had to wait for a core, between two blocks, and then it says at once that it has them no more.
+    machines, sources = start(20 * BLOCK_BYTES, options=Options(window=16))
     machine = machines[0]
     right = [machine.right(block) for block in range(20)]
     found = []
@@ -155,7 +156,7 @@ def test_bytes_of_the_next_fill_are_never_returned_and_accuse_nobody(start: Star
         entries = [ArenaEntry("w", "weight", "U8", (20 * BLOCK_BYTES,), 0, 20 * BLOCK_BYTES)]
         for entry in machine.held.half.begin(8, bytes(32), 0, entries, None):
             machine.held.half.view(entry)[:] = bytes(entry.nbytes)
-        with pytest.raises(SnapshotIncomplete, match="overwritten while it was read"):
+        with pytest.raises(SnapshotIncomplete, match="overwritten while it was read|not held here"):
             found += [taken(one, block) for block in range(1, 20)]
     assert found == right[: len(found)]
     assert machine.suspected == []

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import universal as helpers
 
-from holdfast.ckpt.tensors import TORCH_NAMES, load
+from holdfast.ckpt.dtypes import TORCH_NAMES
+from holdfast.ckpt.tensors import load
 from holdfast.ckpt.universal.errors import CorruptError, IncompleteError, UsageError
 from holdfast.ckpt.universal.model import ITEM_BYTES
 
