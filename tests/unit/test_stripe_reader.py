@@ -156,7 +156,7 @@ def test_bytes_of_the_next_fill_are_never_returned_and_accuse_nobody(start: Star
         entries = [ArenaEntry("w", "weight", "U8", (20 * BLOCK_BYTES,), 0, 20 * BLOCK_BYTES)]
         for entry in machine.held.half.begin(8, bytes(32), 0, entries, None):
             machine.held.half.view(entry)[:] = bytes(entry.nbytes)
-        with pytest.raises(SnapshotIncomplete, match="overwritten while it was read|not held here"):
+        with pytest.raises(SnapshotIncomplete, match=r"overwritten while it was read|not held here"):
             found += [taken(one, block) for block in range(1, 20)]
     assert found == right[: len(found)]
     assert machine.suspected == []
