@@ -35,7 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers")]
 
-from hosts import HostJob, Hosts, start_job, wait_for
+from hosts import HostJob, Hosts, HostsEnded, start_job, wait_for
 from jobs import Ended, reference
 from table import Report, add_markdown, shown, spread
 
@@ -250,12 +250,12 @@ def wait_campaign(code: str, open_: list[tuple[int, ...]], arguments: argparse.N
             print(f"{code}: {log.says(code)}; {left / 60:.1f} min to go", file=sys.stderr, flush=True)
 
 
-def spread_campaign(code: str, open_: list[tuple[int, ...]], arguments: argparse.Namespace, log: Log) -> None:
-    """A job for each of `open_`; the ranks of lost hosts go on on the others."""
+def for_good_campaign(code: str, open_: list[tuple[int, ...]], arguments: argparse.Namespace, log: Log) -> None:
+    """A job for each of `open_`, whose hosts do not come back: ranks go on on the others, or nothing goes on."""
     k, m = map(int, code.split("+"))
-    steps = 40
+    steps = 400 if arguments.policy == "beyond" else 40
     with tempfile.TemporaryDirectory() as folder:
-        expected = reference(Path(folder), SCRIPT, "--steps", str(steps))
+        expected = None if arguments.policy == "beyond" else reference(Path(folder), SCRIPT, "--steps", str(steps))
         for lost in open_:
             if not log.clock.has_time(job=True):
                 return
@@ -263,71 +263,51 @@ def spread_campaign(code: str, open_: list[tuple[int, ...]], arguments: argparse
             with Hosts(k + m) as hosts:
                 words = ["--steps", str(steps), "--step-seconds", str(arguments.step_seconds)]
                 job = start_in_waves(hosts, words, options_of(code, "spread", HOST_LEASE_S, RANK_LEASE_S))
-                log.add(spread_job(job, code, lost, expected))
+                result = {"code": code, "policy": arguments.policy, "lost": [list(lost)], "wrong": []}
+                log.add({**result, **lose_for_good(job, lost, expected)})
             log.clock.job_s = time.monotonic() - began
             print(f"{code}: {log.says(code)}", file=sys.stderr, flush=True)
 
 
-def spread_job(job: HostJob, code: str, lost: tuple[int, ...], expected: Ended) -> dict[str, Any]:
-    """Lose these hosts of a running job, and wait for its end."""
-    result: dict[str, Any] = {"code": code, "policy": "spread", "lost": [list(lost)], "wrong": []}
+def lose_for_good(job: HostJob, lost: tuple[int, ...], expected: Ended | None) -> dict[str, Any]:
+    """Lose these hosts of a running job, and see how it ends; `expected` None: in one line."""
     try:
         wait_for(lambda: is_protected(job) and steps_of(job) > 8, START_S, "parity")
+        began = time.monotonic()
         for index in lost:
             job.hosts[index].kill()
         ended = job.wait(END_S, only=set(range(len(job.hosts))) - set(lost))
     except AssertionError as error:
-        result["wrong"].append(str(error)[-3000:])
         job.kill()
-        return result
+        return {"wrong": [str(error)[-3000:]]}
+    seconds = round(time.monotonic() - began, 2)
+    return stopped(ended, seconds) if expected is None else went_on(ended, expected)
+
+
+def went_on(ended: HostsEnded, expected: Ended) -> dict[str, Any]:
+    """Of a job that should have ended with the bits of the unbroken run."""
     good = ended.code == 0
-    result["wrong"] += compare(ended, expected) if good else [f"exit {ended.codes} {ended.err[-800:]}"]
     recoveries = [one for one in ended.events if one["event"] == "recovery"]
-    result["recoveries"] = len(recoveries)
-    result["exact"] = all(one["exact"] for one in recoveries)
-    result["back_s"] = [round(one["total_ms"] / 1e3, 2) for one in recoveries]
-    result["restore_ms"] = [one["restore_ms"] for one in recoveries]
-    result["sources"] = sorted({rung for one in recoveries for rung in one["sources"]})
-    return result
+    return {
+        "wrong": compare(ended, expected) if good else [f"exit {ended.codes} {ended.err[-800:]}"],
+        "recoveries": len(recoveries),
+        "exact": all(one["exact"] for one in recoveries),
+        "back_s": [round(one["total_ms"] / 1e3, 2) for one in recoveries],
+        "restore_ms": [one["restore_ms"] for one in recoveries],
+        "sources": sorted({rung for one in recoveries for rung in one["sources"]}),
+    }
 
 
-def beyond_campaign(code: str, open_: list[tuple[int, ...]], arguments: argparse.Namespace, log: Log) -> None:
-    """A job for each of `open_`, more hosts than parity makes up for: an end in one line, and no other."""
-    k, m = map(int, code.split("+"))
-    for lost in open_:
-        if not log.clock.has_time(job=True):
-            return
-        began = time.monotonic()
-        with Hosts(k + m) as hosts:
-            words = ["--steps", "400", "--step-seconds", str(arguments.step_seconds)]
-            options = options_of(code, "spread", HOST_LEASE_S, RANK_LEASE_S)
-            log.add(beyond_job(start_in_waves(hosts, words, options), code, lost))
-        log.clock.job_s = time.monotonic() - began
-        print(f"{code}: {log.says(code)}", file=sys.stderr, flush=True)
-
-
-def beyond_job(job: HostJob, code: str, lost: tuple[int, ...]) -> dict[str, Any]:
-    """Lose these hosts, and see how the others end."""
-    result: dict[str, Any] = {"code": code, "policy": "beyond", "lost": [list(lost)], "wrong": [], "sources": []}
-    try:
-        wait_for(lambda: is_protected(job) and steps_of(job) > 8, START_S, "parity")
-        began = time.monotonic()
-        for index in lost:
-            job.hosts[index].kill()
-        ended = job.wait(END_S, only=set(range(len(job.hosts))) - set(lost))
-    except AssertionError as error:
-        result["wrong"].append(str(error)[-3000:])
-        job.kill()
-        return result
-    result["back_s"] = [round(time.monotonic() - began, 2)]
+def stopped(ended: HostsEnded, seconds: float) -> dict[str, Any]:
+    """Of a job that should have ended with one line that says whose state is lost."""
     lines = {line for text in ended.errs.values() for line in text.splitlines() if "holdfast: error:" in line}
     said = sorted(line for line in lines if "the state of rank" in line)
-    result["said"] = said[:1]
+    wrong = []
     if set(ended.codes.values()) != {1} or len(said) != 1:
-        result["wrong"].append(f"exit {ended.codes}, said {sorted(lines)}")
+        wrong.append(f"exit {ended.codes}, said {sorted(lines)}")
     if any(event["event"] == "recovery" for event in ended.events):
-        result["wrong"].append("a generation went on without the lost state")
-    return result | {"recoveries": 0, "exact": True, "restore_ms": []}
+        wrong.append("a generation went on without the lost state")
+    return {"wrong": wrong, "said": said[:1], "back_s": [seconds], "recoveries": 0, "exact": True, "restore_ms": []}
 
 
 class Log:
@@ -385,7 +365,7 @@ class Log:
         ]
 
 
-CAMPAIGNS = {"wait": wait_campaign, "spread": spread_campaign, "beyond": beyond_campaign}
+CAMPAIGNS = {"wait": wait_campaign, "spread": for_good_campaign, "beyond": for_good_campaign}
 
 
 def main() -> int:

@@ -135,6 +135,7 @@ Beside = Mapping[int, frozenset[int]]
 
 
 def stages_beside(slots: Sequence[SlotInfo], stages: Mapping[int, int]) -> Beside:
+    """Which hosts have adjacent stages; `stages`: slot -> stage, of those whose stage is known."""
     hosts_of: dict[int, set[int]] = {}
     for slot in slots:
         if slot.slot in stages:
