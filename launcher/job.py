@@ -273,10 +273,12 @@ class Job(Membership):
             return super()._why_lost(decision)
         lost = [host for host in self.book.all.values() if host.lost]
         ranks = ", ".join(map(str, decision.missing))
+        # Not of a placement that was made when the first of them was lost, and never came to have parity.
+        whole = next((one for one in self._placements if one.number == self._protected[0]), self._current)
         return (
             f"the state of rank {ranks} after step {decision.newest} is lost: {len(lost)} hosts were lost "
-            f"({', '.join(host.name for host in lost)}) and redundancy rs:{self._current.k}+{self._current.m} makes up "
-            f"for {self._current.m} at a time; no live copy, no snapshot, too few shards"
+            f"({', '.join(host.name for host in lost)}) and redundancy rs:{whole.k}+{whole.m} makes up "
+            f"for {whole.m} at a time; no live copy, no snapshot, too few shards"
         )
 
     def _before_form(self, joins: Mapping[int, Joined]) -> list[Action]:

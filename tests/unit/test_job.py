@@ -27,7 +27,7 @@ from holdfast.launcher.job import PLACEMENTS_KEPT, REBUILDS_TRIED, Job
 from holdfast.launcher.membership import State
 from holdfast.launcher.placing import fitting
 from holdfast.launcher.slots import Joined
-from holdfast.runtime.recovery.decide import Report
+from holdfast.runtime.recovery.decide import Impossible, Report
 
 S = 1_000_000_000
 LEASE_NS = 6 * S
@@ -669,6 +669,21 @@ def test_a_rebuild_that_fails_every_time_ends_the_job_and_does_not_go_on_for_eve
     (stop,) = of(StopJob, cluster.join({0: 5, 1: 5, 2: -1}))
     assert isinstance(stop, StopJob)
     assert "rank 2 after step 5" in stop.reason
+
+
+def test_what_is_said_of_lost_state_is_of_the_placement_that_had_parity() -> None:
+    cluster = Cluster(3, redundancy="rs:2+1")
+    cluster.job.on_protected(1, 5)
+    cluster.kill(1)
+    # The first loss was met with another placement, which the second did not leave the time for parity.
+    cluster.job.slots[1].host = 2
+    cluster.job._protect({rank: cluster.joined(rank, 5) for rank in range(3)})
+    assert cluster.job._current is not None
+    assert (cluster.job._current.k, cluster.job._current.m) == (1, 1)
+    cluster.kill(2)
+    line = cluster.job._why_lost(Impossible(5, (1, 2)))
+    assert "2 hosts were lost" in line
+    assert "redundancy rs:2+1 makes up for 1 at a time" in line
 
 
 def test_warnings_of_a_placement_are_said_once() -> None:
