@@ -102,7 +102,7 @@ bench-checkpoints: interop  ## measure checkpoints against DeepSpeed's tools and
 	$(VENV)/interop/bin/holdfast bench checkpoints $(ARGS)
 
 clean:  ## remove what these words made, but for the virtual environment and your runs
-	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo-out loss.svg .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(PACKAGES) examples tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch:
