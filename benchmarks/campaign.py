@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ LAYOUTS = {"PP=4": ["--stages", "4"], "DP=2xPP=2": ["--stages", "2"], ZERO1: ["-
 OPTIONS = {ZERO1: ["--zero", "1"]}  # of `holdfast run`; those above are the script's
 WORLD_SIZE, MICROBATCHES, STEPS = 4, 8, 40
 POINTS = ("forward", "backward", "exchange", "commit", "optimizer", "applied", "snapshot", "user")
+DURING = ("join", "build", "restore")
 
 
 def plan_faults(seed: int, layout: str, count: int, kinds: tuple[str, ...] = ("kill",)) -> list[str]:
@@ -48,11 +50,24 @@ def plan_faults(seed: int, layout: str, count: int, kinds: tuple[str, ...] = ("k
         torn = layout == ZERO1 and point in ("optimizer", "applied", "gather")
         if len(faults) % 3 == 1 and len(faults) < count and not torn:
             other = chance.choice([r for r in range(WORLD_SIZE) if r != rank])
-            during = chance.choice(("join", "build", "restore"))
+            during = chance.choice(DURING)
             faults.append(f"rank={other},step={{live}}{step},at={during},kind=kill")
     # A survivor's live state is that of the step before the one in which the peer died, or of that step itself
     # if the peer died after the barrier: the script names the one that certainly comes.
     return [fault.replace("{live}", "") if "{live}" not in fault else _live(fault, faults) for fault in faults]
+
+
+def _rank(fault: str) -> int:
+    return int(fault.partition(",")[0].removeprefix("rank="))
+
+
+def _step(fault: str) -> int:
+    return int(fault.split(",")[1].removeprefix("step="))
+
+
+def _during(fault: str) -> bool:
+    """Whether it hits in the recovery from the fault before it."""
+    return fault.split(",")[2].removeprefix("at=") in DURING
 
 
 def _live(fault: str, faults: list[str]) -> str:
@@ -136,9 +151,12 @@ def verify(run: Run, reference: Run, faults: list[str]) -> list[str]:
     different = [n for n in reference.state if n not in run.state or not torch.equal(run.state[n], reference.state[n])]
     if different or run.state.keys() != reference.state.keys():
         wrong.append(f"{len(different)} of {len(reference.state)} tensors differ, first {different[:1]}")
-    hit = Counter(int(fault.partition(",")[0].removeprefix("rank=")) for fault in faults)
+    hit = Counter(_rank(fault) for fault in faults)
+    # A peer that died after the barrier: on a busy machine this rank may not have heard the barrier's end, and is then
+    # a step behind the one that its fault names.
+    unsure = Counter(_rank(one) for before, one in pairwise(faults) if _during(one) and _step(one) == _step(before))
     for rank, pids in run.pids().items():
-        if len(pids) != 1 + hit[rank]:
+        if not 1 + hit[rank] - unsure[rank] <= len(pids) <= 1 + hit[rank]:
             wrong.append(f"rank {rank} was hit {hit[rank]} times and had {len(pids)} processes")
     return wrong
 
