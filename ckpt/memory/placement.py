@@ -87,8 +87,12 @@ def place(
     if redundancy == NONE or not ordered:
         return Placement(number, k, m, align, (), ordered, machines, ())
     beside = stages_beside(ordered, stages or {})
-    groups = [group for part in parts(ordered, machines, redundancy, beside) for group in part]
-    chunk = _chunk_bytes(groups, max(slot.nbytes for slot in ordered), align)
+    longest = max(slot.nbytes for slot in ordered)
+    groups, chunk = _grouped(ordered, machines, redundancy, beside, longest, align)
+    if any(beside.values()) and k > 1:  # a mirror costs the same whoever keeps it
+        plain, coarse = _grouped(ordered, machines, redundancy, {}, longest, align)
+        if _parity_bytes(groups, chunk) > _parity_bytes(plain, coarse):
+            groups, chunk = plain, coarse
     load: Counter[int] = Counter()
     duties: Counter[int] = Counter()
     rows = [row for g in groups for row in fill(g.hosts, g.slots, redundancy, chunk, g.shape(chunk), load, duties)]
@@ -103,13 +107,31 @@ def place(
     return Placement(number, k, m, chunk, stripes, ordered, machines, (*weak, *narrow, *close))
 
 
+def _grouped(
+    slots: Sequence[SlotInfo],
+    hosts: Sequence[HostInfo],
+    redundancy: Redundancy,
+    beside: Beside,
+    longest: int,
+    align: int,
+) -> tuple[list[Group], int]:
+    """Groups, and the chunk size that wastes about least over them."""
+    groups = [group for part in parts(slots, hosts, redundancy, beside) for group in part]
+    return groups, _chunk_bytes(groups, longest, align)
+
+
+def _parity_bytes(groups: Sequence[Group], chunk: int) -> int:
+    """Memory that all hosts give for the parity of one step."""
+    return groups[0].m * chunk * sum(group.shape(chunk)[0] for group in groups)
+
+
 def _chunk_bytes(groups: Sequence[Group], longest: int, align: int) -> int:
     """The largest chunk that wastes about least: more, smaller chunks fit unequal images better but round up more."""
-    k, m = groups[0].k, groups[0].m
+    k = groups[0].k
     costs = {}
     for q in range(1, max(4, -(-_CUTS_LEAST // k)) + 1):
         chunk = max(align, -(-longest // (k * q * align)) * align)
-        costs[chunk] = m * chunk * sum(group.shape(chunk)[0] for group in groups)
+        costs[chunk] = _parity_bytes(groups, chunk)
     least = min(costs.values())
     return max(chunk for chunk, cost in costs.items() if cost <= 1.01 * least)
 

@@ -465,5 +465,7 @@ def test_stages_cost_no_memory_and_change_nothing_where_they_are_not_known() -> 
         plain = place(slots, infos, Redundancy(k, m), 1)
         assert place(slots, infos, Redundancy(k, m), 1, stages={}) == plain
         known = place(slots, infos, Redundancy(k, m), 1, stages={i: (i * 5) % hosts for i in range(hosts)})
-        assert len(known.stripes) == len(plain.stripes)
         assert tolerance(known) == tolerance(plain) == m
+        memory = [sum(one.parity_bytes(host) for host in range(hosts)) for one in (known, plain)]
+        # A mirror may be cut into other chunks, whose sizes are rounded up to pages.
+        assert memory[0] <= memory[1] * (1.02 if k == 1 else 1), (k, m, memory)
