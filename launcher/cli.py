@@ -9,7 +9,6 @@ means that nothing was done.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import math
@@ -157,6 +156,8 @@ def _find(command: str) -> Callable[[Sequence[str]], int]:
     if command == "version":
         return version
     if command not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"no command {command!r}{hint} (see holdfast --help)")

@@ -1,4 +1,4 @@
-"""One rank of a job that saves with DCP, or loads what two ranks saved on more ranks: with DCP, and with our Reader.
+"""One rank of a job that saves with DCP, or loads what two ranks saved on more ranks: with DCP, and with our load().
 
     RANK=0 WORLD_SIZE=4 python rank.py '{"do": "load", "folder": .., "ours": .., "rounds": 5, "report": ..}'
 
@@ -26,9 +26,7 @@ from state import shapes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from holdfast.ckpt.formats import open_any
-from holdfast.ckpt.universal.open import open_checkpoint
-from holdfast.ckpt.universal.read import Reader
+from holdfast.ckpt.tensors import load as load_part
 
 Tensors = dict[str, torch.Tensor]
 """This rank's part of each parameter."""
@@ -66,14 +64,10 @@ def theirs(options: dict[str, Any], dim: int, rank: int, world: int, mesh: Any) 
     return parts
 
 
-def with_reader(reader: Reader, state: str, dim: int, rank: int, world: int) -> Tensors:
+def ours(folder: str, state: str, dim: int, rank: int, world: int) -> Tensors:
     parts = empty(dim, rank, world)
-    with reader:
-        reader.read_many(
-            (name, state, share(shape, dim, rank, world), parts[name].numpy().reshape(-1).view("u1"))
-            for name, shape in shapes(1).items()
-        )
-    return parts
+    cut = {name: min(dim, part.dim() - 1) for name, part in parts.items()}
+    return load_part(folder, state=state, into=parts, rank=rank, world=world, dim=cut, jobs=1)
 
 
 def bytes_asked() -> int:
@@ -84,8 +78,8 @@ def load(options: dict[str, Any], rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,))
     sides: dict[str, Callable[[int], Tensors]] = {
         "dcp": lambda dim: theirs(options, dim, rank, world, mesh),
-        "same_files": lambda dim: with_reader(Reader(open_any(options["folder"])), "weight", dim, rank, world),
-        "ours": lambda dim: with_reader(Reader(open_checkpoint(options["ours"])), "fp32", dim, rank, world),
+        "same_files": lambda dim: ours(options["folder"], "weight", dim, rank, world),
+        "ours": lambda dim: ours(options["ours"], "fp32", dim, rank, world),
     }
     report = []
     for dim in (0, 1):

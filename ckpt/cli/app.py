@@ -8,7 +8,6 @@ for is imported. An error that is none of ours is a bug of ours, and keeps its t
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -100,6 +99,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _run(verb: str, argv: list[str]) -> int:
     if verb not in VERBS:
+        import difflib
+
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {' '.join(VERBS)}"
         raise UsageError(f"no verb {verb!r}; {hint}")

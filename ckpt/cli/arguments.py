@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 
 from ..universal.errors import UsageError
 
-_SIZE: Final = re.compile(r"(\d{1,15})(?:\.(\d{1,3}))?\s*([KMGT]?)i?B?", re.IGNORECASE)
+_SIZE: Final = r"(\d{1,15})(?:\.(\d{1,3}))?\s*([KMGT]?)i?B?"
 _POWER: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 JOBS_MAX: Final = 256
 
@@ -62,6 +62,7 @@ def add_writing(parser: Parser) -> None:
     group.add_argument("--max-memory", type=size, default=0, metavar="256M", help="stay below this, or refuse")
     group.add_argument("--resume", action="store_true", help="take up an interrupted write; target in our format only")
     group.add_argument("--allow-lossy", action="store_true", help="agree to the losses that --dry-run lists")
+    group.add_argument("--no-sync", action="store_true", help="do not wait for the disk: a loss of power may tear it")
     group.add_argument("--no-verify", action="store_true", help="do not check the digests of what is read")
     group.add_argument("--archive", action="store_true", help="compress (our format only; needs zstandard)")
     group.add_argument("--tile", action="store_true", help="store large optimizer tensors as tiles along dim 1")
@@ -69,7 +70,7 @@ def add_writing(parser: Parser) -> None:
 
 def size(text: str) -> int:
     """Bytes from "256M", "1.5GiB", "4096"; K is 1024."""
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"not a size: {text!r} (like 256M or 1.5G)")
     whole, part, unit = match.groups()

@@ -20,7 +20,7 @@ from typing import Final
 
 from ..universal.disk import Disk, explained
 from ..universal.errors import UsageError
-from ..universal.geometry import volume
+from ..universal.geometry import share, volume
 from ..universal.model import ITEM_BYTES, Box, Checkpoint, TensorState
 from ..universal.read import BLOCK_BYTES, Reader
 from ..universal.stheader import build_header
@@ -108,13 +108,8 @@ def shards_of(checkpoint: Checkpoint, wanted: str, rank: int, world: int, dim: i
         kind = "optimizer" if is_optimizer(tensor) or tensor.state == "fp32" else "values"
         if tensor.role == "opaque" or tensor.state == "rng" or not {tensor.state, kind, "all"} & set(states):
             continue
-        box = [(0, length) for length in tensor.shape]
-        if dim < len(box):
-            length = tensor.shape[dim]
-            each = -(-length // world)
-            box[dim] = (min(rank * each, length), min((rank + 1) * each, length))
         name = tensor.name if tensor.state in VALUES else f"{tensor.name}::{tensor.state}"
-        found.append(Shard(tensor, name, tuple(box)))
+        found.append(Shard(tensor, name, share(tensor.shape, dim, rank, world)))
     if not found:
         raise UsageError("nothing of that is in the checkpoint", states=wanted)
     return sorted(found, key=lambda shard: -ITEM_BYTES[shard.tensor.dtype])

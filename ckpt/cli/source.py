@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ..universal.adopt import default_home
 from ..universal.errors import UsageError
 from ..universal.latest import POINTER, committed, read_latest
 from ..universal.model import Checkpoint, safe_path
 from ..universal.open import is_ours, open_checkpoint
-from ..universal.read import Reader
 from .arguments import variables
+
+if TYPE_CHECKING:
+    from ..universal.read import Reader
 
 CACHE_BYTES: Final = 256 << 20
 CACHE_BYTES_MIN: Final = 16 << 20
@@ -67,6 +69,8 @@ def _pointed_to(folder: Path) -> Path | None:
 
 def open_reader(arguments: argparse.Namespace, path: str) -> Reader:
     """A reader of the checkpoint at `path`, seen through each --layout in turn. The caller closes it."""
+    from ..universal.read import Reader
+
     verify = not getattr(arguments, "no_verify", False)
     reader = Reader(open_path(path), verify=verify)
     layouts: list[str] = getattr(arguments, "layout", [])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..universal.disk import Disk, Unsynced
 from ..universal.errors import UsageError
 from ..universal.files import block
 from ..universal.manifest import TOPIC
@@ -62,13 +63,18 @@ def run(reader: Reader, job: Job, arguments: argparse.Namespace, console: Consol
         else:
             from ..formats.registry import write_as
 
-            write_as(job.spec, Presented(reader), job.target, **job.more)
+            write_as(job.spec, Presented(reader), job.target, disk=disk_of(arguments), **job.more)
     written = {"bytes_written": done.bytes_written} if kind == OURS else {}
     value = {"path": str(job.target), **found.as_json(), "bytes_read": reader.bytes_read, **written}
     lost = [f"left out: {loss}" for loss in found.losses]
     text = f"{job.target}: {kind}, {found.tensors} tensors, {human(found.bytes_written)}"
     console.result(value, [*lost, text])
     return 0
+
+
+def disk_of(arguments: argparse.Namespace) -> Disk:
+    """What writes: durable on return, unless --no-sync."""
+    return Unsynced() if getattr(arguments, "no_sync", False) else Disk()
 
 
 @dataclass(slots=True)
@@ -118,7 +124,7 @@ def write_ours(
     how = {name: getattr(arguments, name) for name in ("archive", "tile", "resume")}
     options = WriteOptions(direct=True, jobs=jobs, **how)
     source = reader.checkpoint
-    with Writer(job.target, options) as writer:
+    with Writer(job.target, options, disk_of(arguments)) as writer:
         writer.begin(plans(source))
         _copy_all(reader, writer, source.states.values(), jobs)
         if done is not None:

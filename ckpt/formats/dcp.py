@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..dtypes import FROM_TORCH
 from ..universal.disk import explained
 from ..universal.errors import CorruptError, IncompleteError
-from ..universal.model import Checkpoint, Kept, Slab, Span, safe_path
+from ..universal.model import ITEM_BYTES, Box, Checkpoint, Kept, Slab, Span, safe_path
 from .building import Builder
 from .dcp_paths import Places, where
 from .inert import Global, Instance
 from .torchzip import TORCH_GLOBALS, Stored, is_counts, number, opened, plain, read_region
 from .unpickle import BYTES_MAX, loads
+
+if TYPE_CHECKING:
+    from .registry import Wanted
 
 META: Final = "torch.distributed.checkpoint.metadata"
 NAMES: Final = frozenset(
@@ -73,8 +76,11 @@ def detect(path: Path) -> bool:
     return path.is_dir() and (path / METADATA).is_file()
 
 
-def open(path: Path) -> Checkpoint:
-    """The checkpoint, as box-shaped slabs over the .distcp files."""
+def open(path: Path, wanted: Wanted | None = None) -> Checkpoint:
+    """The checkpoint, as box-shaped slabs over the .distcp files; without those that `wanted` says no to.
+
+    Those, too, must be there and cover their tensor; only their archives are not opened.
+    """
     with explained(path / METADATA, "reading a checkpoint's metadata"):
         if (path / METADATA).stat().st_size > BYTES_MAX:
             raise CorruptError("metadata larger than any checkpoint's", file=METADATA)
@@ -90,7 +96,7 @@ def open(path: Path) -> Checkpoint:
         builder.group(index, hyper, params)
     chunks = {places.of(name).name: len(found) for name, (_, _, found) in plan.tensors.items()}
     places.settle({name for _, params in groups for name in params}, chunks)
-    _add_tensors(builder, path, plan, places)
+    unopened = _add_tensors(builder, path, plan, places, wanted)
     kept: dict[str, Kept] = {
         "optimizer": "exact" if places.optimizer else "absent",
         "scheduler": "exact" if any("scheduler" in key for key in client) else "absent",
@@ -99,7 +105,14 @@ def open(path: Path) -> Checkpoint:
     }
     source = {"framework": "megatron" if megatron else "torch.distributed.checkpoint", "version": plan.version}
     metadata = {"client": builder.split_client(client), "source": {**source, "mesh": {}}}
-    return builder.checkpoint(path, "megatron:torch_dist" if megatron else "dcp", metadata=metadata, completeness=kept)
+    form = "megatron:torch_dist" if megatron else "dcp"
+    found = builder.checkpoint(path, form, metadata=metadata, completeness=kept)
+    if not unopened:
+        return found
+    states = dict(found.states)
+    for key, boxes in unopened.items():
+        states[key] = replace(states[key], slabs=tuple(s for s in states[key].slabs if s.box not in boxes))
+    return replace(found, states=states)
 
 
 # ---- .metadata ------------------------------------------------------------------------------------------------
@@ -177,8 +190,14 @@ def _check_files(path: Path, plan: Plan) -> None:
 # ---- what lies in the files -------------------------------------------------------------------------------------
 
 
-def _add_tensors(builder: Builder, root: Path, plan: Plan, places: Places) -> None:
-    """A slab for each chunk, file by file; steps and other scalars of the optimizer are read."""
+def _add_tensors(
+    builder: Builder, root: Path, plan: Plan, places: Places, choose: Wanted | None
+) -> dict[tuple[str, str], set[Box | None]]:
+    """A slab for each chunk, file by file; steps and other scalars of the optimizer are read.
+
+    Of a chunk that is not chosen the slab only says that it is there, not where its bytes begin. Gives those.
+    """
+    unopened: dict[tuple[str, str], set[Box | None]] = {}
     wanted: list[tuple[Place, str, tuple[int, ...], tuple[int, ...]]] = []
     for name, (dtype, shape, chunks) in plan.tensors.items():
         meant = places.of(name)
@@ -191,8 +210,15 @@ def _add_tensors(builder: Builder, root: Path, plan: Plan, places: Places) -> No
             place = plan.places.get((name, offsets))
             if place is None:
                 raise IncompleteError("a chunk that is nowhere", name=name, offsets=list(offsets))
-            if math.prod(sizes):
+            if not math.prod(sizes):
+                continue
+            box = box_of(offsets, sizes)
+            if choose is None or meant.kind == "step" or choose(meant.name, meant.state, shape, box):
                 wanted.append((place, name, offsets, sizes))
+                continue
+            slab = Slab(Span(place.file, place.offset, math.prod(sizes) * ITEM_BYTES[dtype]), dtype, box=box)
+            builder.add(meant.name, meant.state, dtype, shape, slab, role=meant.role)
+            unopened.setdefault((meant.name, meant.state), set()).add(box)
     wanted.sort(key=lambda entry: (entry[0].file, entry[0].offset))
     at = 0
     while at < len(wanted):
@@ -201,6 +227,11 @@ def _add_tensors(builder: Builder, root: Path, plan: Plan, places: Places) -> No
             while at < len(wanted) and wanted[at][0].file == file:
                 _add_chunk(builder, root, fd, plan, places, wanted[at])
                 at += 1
+    return unopened
+
+
+def box_of(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
+    return tuple((start, start + length) for start, length in zip(offsets, sizes, strict=True))
 
 
 def _add_chunk(
@@ -222,7 +253,7 @@ def _add_chunk(
         if step is not None:
             builder.step(meant.name, step)
         return
-    box = tuple((start, start + length) for start, length in zip(offsets, sizes, strict=True))
+    box = box_of(offsets, sizes)
     strides = None if tensor.contiguous else tensor.strides
     slab = Slab(Span(place.file, tensor.offset, tensor.nbytes), dtype, box=box, strides=strides)
     builder.add(meant.name, meant.state, dtype, shape, slab, role=meant.role)

@@ -22,12 +22,12 @@ from ..universal.disk import explained
 from ..universal.errors import IncompleteError, UsageError
 from ..universal.model import safe_path
 
-MODEL: Final = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-MODEL3: Final = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
-OPTIM: Final = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-LAYER: Final = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-EXPERT: Final = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
-EXPERT_OPTIM: Final = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+MODEL: Final = r"mp_rank_(\d+)_model_states\.pt"
+MODEL3: Final = r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt"
+OPTIM: Final = r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"
+LAYER: Final = r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt"
+EXPERT: Final = r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt"
+EXPERT_OPTIM: Final = r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"
 RANKS_MAX: Final = 1 << 20
 
 
@@ -80,17 +80,17 @@ def classify(names: Iterable[str]) -> Files:
     """Sort file names into what they hold; what is none of ours is left out."""
     files = Files()
     for name in names:
-        if match := MODEL.fullmatch(name):
+        if match := re.fullmatch(MODEL, name):
             files.model[int(match[1])] = name
-        elif match := MODEL3.fullmatch(name):
+        elif match := re.fullmatch(MODEL3, name):
             files.model3[int(match[1]), int(match[2])] = name
-        elif match := OPTIM.fullmatch(name):
+        elif match := re.fullmatch(OPTIM, name):
             files.optim[int(match[1]), int(match[2])] = name
-        elif match := LAYER.fullmatch(name):
+        elif match := re.fullmatch(LAYER, name):
             files.layers[int(match[1]), int(match[2] or 0)] = name
-        elif match := EXPERT.fullmatch(name):
+        elif match := re.fullmatch(EXPERT, name):
             files.experts[int(match[1] or 0), int(match[2]), int(match[3])] = name
-        elif match := EXPERT_OPTIM.fullmatch(name):
+        elif match := re.fullmatch(EXPERT_OPTIM, name):
             files.expert_optim[int(match[1]), int(match[2])] = name
     return files
 

@@ -172,7 +172,7 @@ def _is_small(root: object) -> bool:
     for _ in range(DEPTH_MAX):
         below: list[Any] = []
         for value in level:
-            children = _children(value)
+            children = value if isinstance(value, (tuple, list)) else _children(value)
             nodes += len(children)
             if nodes > SMALL_NODES:  # one part in many places may unfold into anything
                 return False

@@ -17,11 +17,16 @@ from .inert import Global, Instance, Make, key_of
 
 Persistent = Callable[[object], object]
 
-STOP: Final = ord(".")
-MEMOIZE, TUPLE1, EMPTY_TUPLE, BININT2, BINGET, LONG_BINGET = 0x94, 0x85, ord(")"), ord("M"), ord("h"), ord("j")
-OFTEN: Final = frozenset((MEMOIZE, TUPLE1, EMPTY_TUPLE, BININT2, BINGET, LONG_BINGET))
+STOP, MARK, MEMOIZE, BINGET, LONG_BINGET = b".(\x94hj"
+EMPTY_TUPLE, TUPLE1, TUPLE2, EMPTY_DICT, SETITEMS = b")\x85\x86}u"
+NEWOBJ, REDUCE, BUILD = b"\x81Rb"
+BININT1, BININT2, SHORT_BINUNICODE = b"KM\x8c"
 FORMS: Final = {form: struct.Struct("<" + form) for form in "BHIiQ"}
 STACK_MAX: Final = 20_000_000
+CALL: Final = (NEWOBJ, REDUCE)
+ONLY_TEXT: Final = frozenset((str,))
+CHECK_BYTES: Final = 1 << 20
+"""How often the stack is measured: it grows by one value for each byte at most."""
 MARKS_MAX: Final = 1000
 
 
@@ -48,43 +53,94 @@ class Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, operations: Mapping[int, Callable[[Machine], None]]) -> Any:
-        data, stack, marks, memo = self.data, self.stack, self.marks, self.memo
-        crowded = len(data) > STACK_MAX  # an opcode is a byte at least, and pushes one value at most
-        at = self.at
         while True:
-            code = data[at]
-            at += 1
-            if code in OFTEN and len(stack) > (marks[-1] if marks else 0):
-                # As the operations do it, without their calls: two thirds of a checkpoint's metadata are these.
-                if code == MEMOIZE:
-                    memo[len(memo)] = stack[-1]
-                elif code == TUPLE1:
-                    stack[-1] = (stack[-1],)
-                elif code == EMPTY_TUPLE:
-                    stack.append(())
-                elif code == BININT2:
-                    stack.append(data[at] | data[at + 1] << 8)
-                    at += 2
-                else:  # recall
-                    size = 1 if code == BINGET else 4
-                    index = int.from_bytes(data[at : at + size], "little")
-                    at += size
-                    self.at = at
-                    self.get(index)
-                continue
-            self.at = at
+            at = self._often()
+            if len(self.stack) > STACK_MAX:
+                raise CorruptError("a pickle that stacks too much", file=self.where, at=at)
+            code = self.data[at]
+            self.at = at + 1
             if code == STOP:
                 break
             operation = operations.get(code)
             if operation is None:
-                raise CorruptError("a pickle opcode that no checkpoint has", file=self.where, opcode=code, at=at)
+                raise CorruptError("a pickle opcode that no checkpoint has", file=self.where, opcode=code, at=at + 1)
             operation(self)
-            at = self.at
-            if crowded and len(stack) > STACK_MAX:
-                raise CorruptError("a pickle that stacks too much", file=self.where, at=at)
         if len(self.stack) != 1 or self.marks:
             raise CorruptError("a pickle that does not end with one value", file=self.where)
         return self.stack[0]
+
+    def _often(self) -> int:
+        """What most of a checkpoint's metadata consists of, as the operations do it, without their calls.
+
+        Gives the place of the first opcode that is not among it, or is unusual in any way: its operation does it, or
+        says what is wrong with it. Comes back in time to measure the stack.
+        """
+        data, stack, marks, memo = self.data, self.stack, self.marks, self.memo
+        push, at, floor, limit = stack.append, self.at, marks[-1] if marks else 0, self.at + CHECK_BYTES
+        while at < limit:
+            code = data[at]
+            if code == MEMOIZE and len(stack) > floor:
+                memo[len(memo)] = stack[-1]
+            elif code == BINGET and data[at + 1] in memo:
+                push(memo[data[at + 1]])
+                at += 1
+            elif code == LONG_BINGET and (index := int.from_bytes(data[at + 1 : at + 5], "little")) in memo:
+                push(memo[index])
+                at += 4
+            elif code == TUPLE1 and len(stack) > floor:
+                stack[-1] = (stack[-1],)
+            elif code == MARK and len(marks) < MARKS_MAX:
+                floor = len(stack)
+                marks.append(floor)
+            elif code == EMPTY_TUPLE:
+                push(())
+            elif code in CALL and len(stack) > floor + 1:
+                args, self.at = stack.pop(), at + 1
+                self.construct(stack.pop(), args)
+            elif code == BUILD and len(stack) > floor + 1 and self._builds(*stack[-2:]):
+                stack.pop()
+            elif code == BININT2:
+                push(data[at + 1] | data[at + 2] << 8)
+                at += 2
+            elif code == EMPTY_DICT:
+                push({})
+            elif code == SETITEMS and self._set_texts():
+                floor = marks[-1] if marks else 0
+            elif code == BININT1:
+                push(data[at + 1])
+                at += 1
+            elif code == SHORT_BINUNICODE and at + 2 + data[at + 1] <= len(data):
+                size = data[at + 1]
+                push(data[at + 2 : at + 2 + size].decode("utf-8", "surrogatepass"))
+                at += 1 + size
+            elif code == TUPLE2 and len(stack) > floor + 1:
+                last = stack.pop()
+                stack[-1] = (stack[-1], last)
+            else:
+                break
+            at += 1
+        return at
+
+    @staticmethod
+    def _builds(target: object, state: object) -> bool:
+        """Give a stand-in its state, if it is a plain dictionary, and say so."""
+        if type(target) is Instance and type(state) is dict:
+            target.state = state
+            return True
+        return False
+
+    def _set_texts(self) -> bool:
+        """Put the items since the last mark into the dictionary below it, if all their keys are text, and say so."""
+        stack, marks = self.stack, self.marks
+        start, below = marks[-1] if marks else 0, marks[-2] if len(marks) > 1 else 0
+        keys = stack[start::2]
+        if start <= below or (len(stack) - start) & 1 or type(stack[start - 1]) is not dict:
+            return False
+        if not ONLY_TEXT.issuperset(map(type, keys)):
+            return False
+        stack[start - 1].update(zip(keys, stack[start + 1 :: 2], strict=True))
+        del stack[start:], marks[-1]
+        return True
 
     # ---- reading arguments -----------------------------------------------------------------------------
 

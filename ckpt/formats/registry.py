@@ -14,16 +14,20 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..collecting import uncollected
 from ..universal.errors import UsageError
-from ..universal.model import Checkpoint
+from ..universal.model import Box, Checkpoint
 from ..universal.open import is_ours, open_checkpoint
-from ..universal.read import Reader
+
+if TYPE_CHECKING:
+    from ..universal.read import Reader
 
 Detect = Callable[[Path], bool]
-Open = Callable[[Path], Checkpoint]
+Open = Callable[..., Checkpoint]
+Wanted = Callable[[str, str, tuple[int, ...], Box], bool]
+"""Whether a part of a tensor is: its name, state, whole shape, and the box."""
 
 
 def _late(module: str, name: str) -> Callable[..., Any]:
@@ -52,14 +56,18 @@ def detect(path: Path | str) -> str | None:
 
 
 @uncollected()
-def open_any(path: Path | str) -> Checkpoint:
-    """The checkpoint at `path`, whatever its format."""
+def open_any(path: Path | str, wanted: Wanted | None = None) -> Checkpoint:
+    """The checkpoint at `path`, whatever its format.
+
+    `wanted` says which parts of which tensors will be read. Where that saves time (DCP, whose parts are archives each)
+    others are left out of their tensors: to read one is an IncompleteError then.
+    """
     path = Path(path)
     if not path.exists():
         raise UsageError("no such file or folder", path=str(path))
-    for _, knows, opens in FORMATS:
+    for name, knows, opens in FORMATS:
         if knows(path):
-            return opens(path)
+            return opens(path, wanted) if name == "dcp" else opens(path)
     raise UsageError("not a checkpoint of a format known here", path=str(path), known=[name for name, *_ in FORMATS])
 
 

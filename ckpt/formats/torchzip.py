@@ -82,14 +82,15 @@ INERT_NAMES: Final = frozenset(
 
 
 _COUNT: Final = rb"(?:K.|M..|J.{4})"
-_ONE_TENSOR: Final = re.compile(
+_ONE_TENSOR: Final = (
     rb"\x80\x02ctorch\._utils\n_rebuild_tensor_v2\nq\x00\(\(X\x07\x00\x00\x00storageq\x01ctorch\n(\w+)\nq\x02"
     rb"X\x01\x00\x00\x000q\x03X\x03\x00\x00\x00cpuq\x04(%b)tq\x05QK\x00(%b{1,3}[\x85-\x87])q\x06(%b{1,3}[\x85-\x87])q\x07"
-    rb"[\x88\x89]ccollections\nOrderedDict\nq\x08\)Rq\ttq\nRq\x0b\." % ((_COUNT,) * 3),
-    re.DOTALL,
+    rb"[\x88\x89]ccollections\nOrderedDict\nq\x08\)Rq\ttq\nRq\x0b\." % ((_COUNT,) * 3)
 )
 """The pickle of one tensor of one to three dims and nothing else, byte for byte as torch.save writes it. DCP's
-checkpoints have one for each part of each tensor; what does not match goes through unpickle.py, and gives the same."""
+checkpoints have one for each part of each tensor; what does not match goes through unpickle.py, and gives the same.
+Compiled when one is met: that takes as long as to open a small file."""
+_ONE_TENSOR_MAX: Final = 512
 
 
 def _counts(code: bytes) -> list[int]:
@@ -275,7 +276,7 @@ class _Reader:
 
     def _single(self, data: bytes) -> Stored | None:
         """The one tensor that the pickle is, if it is the most usual one."""
-        found = _ONE_TENSOR.fullmatch(data)
+        found = re.fullmatch(_ONE_TENSOR, data, re.DOTALL) if len(data) < _ONE_TENSOR_MAX else None
         if found is None:
             return None
         kind, count, *dims = found.groups()

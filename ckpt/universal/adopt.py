@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,16 @@ from ..threads import threads
 from .chunks import chunk_bytes_for, digest
 from .disk import Disk, explained
 from .errors import CorruptError, UsageError
-from .files import Files
+from .files import Files, probe
 from .jsonio import canonical
 from .manifest import COMMIT, MANIFEST, commit_bytes, encode
 from .model import Checkpoint, FileFacts, Slab, TensorState, validate
-from .scan import rest_digest, scan
-from .verify import probe
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
+
+_Held = tuple[tuple[str, str], int, Slab]
+"""A slab of a file: its tensor, and which of the tensor's slabs it is."""
 
 
 def default_home(root: Path) -> Path:
@@ -77,49 +78,66 @@ def _facts(
     checkpoint: Checkpoint, files: Files, *, digests: bool, jobs: int, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[tuple[str, str], TensorState], dict[str, FileFacts]]:
     """Sizes and probes of all files, and digests if wanted; a slab beyond its file is refused."""
-    held: dict[str, list[tuple[tuple[str, str], int, Slab]]] = {}
+    held: dict[str, list[_Held]] = {}
     for key, tensor in checkpoint.states.items():
         for at, slab in enumerate(tensor.slabs):
             held.setdefault(slab.span.file, []).append((key, at, slab))
     opaque = {span.file for span in checkpoint.opaque.values()}
+    facts: dict[str, FileFacts] = {}
+    for path in sorted(held.keys() | opaque):
+        size = files.size(path)
+        for key, _, slab in held.get(path, []):
+            if slab.span.stop > size:
+                raise CorruptError("a slab beyond the end of its file", name=key[0], state=key[1], file=path)
+        facts[path] = FileFacts(size, "", probe(files, path, size))
+    if not digests:
+        return dict(checkpoint.states), facts
+    return _digested(checkpoint, files, held, facts, jobs, progress)
+
+
+def _digested(
+    checkpoint: Checkpoint,
+    files: Files,
+    held: Mapping[str, list[_Held]],
+    facts: Mapping[str, FileFacts],
+    jobs: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[tuple[str, str], TensorState], dict[str, FileFacts]]:
+    """The same with checksums of every byte of the files."""
+    from .scan import rest_digest, scan  # and the library of threads: adopting without digests takes half as long
+
     total = sum(slab.span.nbytes for members in held.values() for _, _, slab in members)
     done = 0
     lock = threading.Lock()
     fresh: dict[tuple[str, str], list[Slab]] = {key: list(t.slabs) for key, t in checkpoint.states.items()}
-    facts: dict[str, FileFacts] = {}
 
-    def scanned(path: str, members: list[tuple[tuple[str, str], int, Slab]], pool: ThreadPoolExecutor) -> None:
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+    def scanned(path: str, members: list[_Held], pool: ThreadPoolExecutor) -> None:
         slabs = [replace(s, chunk_bytes=s.chunk_bytes or chunk_bytes_for(s.nbytes), digests=()) for _, _, s in members]
         found = [[""] * slab.chunks for slab in slabs]
 
         def note(index: int, first: int, edges: Sequence[int], digests: list[str]) -> None:
             found[index][first : first + len(digests)] = digests
 
-        def advance(nbytes: int) -> None:
-            nonlocal done
-            with lock:
-                done += nbytes
-                if progress is not None:
-                    progress(done, total)
-
         scan(files, path, slabs, pool, jobs, note, advance)
         for (key, at, _), slab, values in zip(members, slabs, found, strict=True):
             fresh[key][at] = replace(slab, digests=tuple(values))
 
+    complete: dict[str, FileFacts] = {}
     with threads(jobs, "checkpoint-adopt") as pool:
-        for path in sorted(held.keys() | opaque):
+        for path, known in facts.items():
             members = held.get(path, [])
-            size = files.size(path)
-            for key, _, slab in members:
-                if slab.span.stop > size:
-                    raise CorruptError("a slab beyond the end of its file", name=key[0], state=key[1], file=path)
-            slabs = [slab for _, _, slab in members]
-            rest = rest_digest(files, path, slabs, size) if digests else ""
-            facts[path] = FileFacts(size, rest, probe(files, path, size))
-            if digests:
-                scanned(path, members, pool)
+            rest = rest_digest(files, path, [slab for _, _, slab in members], known.nbytes)
+            complete[path] = replace(known, rest=rest)
+            scanned(path, members, pool)
     states = {key: replace(tensor, slabs=tuple(fresh[key])) for key, tensor in checkpoint.states.items()}
-    return states, facts
+    return states, complete
 
 
 def _write(disk: Disk, target: Path, texts: dict[str, bytes], manifest: bytes) -> None:

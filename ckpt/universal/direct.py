@@ -37,7 +37,7 @@ class DirectFile:
     def __init__(self, disk: Disk, path: Path, fd: int, local: threading.local) -> None:
         self.fd: Final = fd
         self._disk: Final = disk
-        self._direct = _open(path)
+        self._direct = _open(path) if disk.durable else -1  # who does not wait for the disk wants the cache
         self._local = local
 
     def pwrite(self, data: memoryview, offset: int) -> None:

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from .errors import StorageError
 
@@ -50,6 +50,9 @@ def _free_bytes(path: Path) -> int:
 class Disk:
     """The calls that change something. Raises OSError; callers wrap a whole operation in explained()."""
 
+    durable: ClassVar[bool] = True
+    """Whether what fsync() was called for outlives a loss of power."""
+
     def open(self, path: Path, *, create: bool = True) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
         return os.open(path, flags, 0o666)
@@ -67,7 +70,7 @@ class Disk:
     def pwrite(self, fd: int, data: memoryview, offset: int) -> None:
         while data.nbytes:
             done = os.pwrite(fd, data, offset)
-            if done >= WRITE_BACK_BYTES:
+            if done >= WRITE_BACK_BYTES and self.durable:
                 write_back(fd, offset, done)
             data, offset = data[done:], offset + done
 
@@ -113,10 +116,17 @@ class Disk:
             self.pwrite(fd, memoryview(data), 0)
             if sync:
                 self.fsync(fd)
-            else:
-                write_back(fd, 0, len(data))
         finally:
             os.close(fd)
+
+
+class Unsynced(Disk):
+    """Leaves it to the system when the disk gets what is written: for targets that can be made again."""
+
+    durable: ClassVar[bool] = False
+
+    def fsync(self, fd: int) -> None:
+        del fd
 
 
 def write_back(fd: int, offset: int, nbytes: int) -> None:

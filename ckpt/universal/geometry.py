@@ -35,6 +35,18 @@ def full_box(shape: Sequence[int]) -> Box:
     return tuple((0, length) for length in shape)
 
 
+def share(shape: Sequence[int], dim: int, rank: int, world: int) -> Box:
+    """What a rank has of a tensor that is cut along `dim` in parts of ceil(n / world), as DTensor's Shard(dim) cuts it.
+
+    All of it where the tensor has no such dim.
+    """
+    box = list(full_box(shape))
+    if dim < len(box):
+        each = -(-shape[dim] // world)
+        box[dim] = (min(rank * each, shape[dim]), min((rank + 1) * each, shape[dim]))
+    return tuple(box)
+
+
 def intersect(one: Box, other: Box) -> Box | None:
     """What both hold; None if that is no element."""
     shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))

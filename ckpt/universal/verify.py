@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from ..threads import threads
-from .chunks import digest
 from .errors import CheckpointError, CorruptError
-from .files import Files
+from .files import Files, probe
 from .journal import FILE_NAME as JOURNAL
 from .manifest import COMMIT, MANIFEST
 from .model import Checkpoint, FileFacts, Slab, TensorState, validate
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 QUICK_REST_BYTES_MAX: Final = 64 << 20
 """Headers are below this; what is between slabs of a foreign file may not be."""
-PROBE_BYTES: Final = 4096
 
 Progress = Callable[[int, int], None]
 """Bytes done, bytes in all. Called from any thread, one call at a time."""
@@ -206,12 +204,3 @@ class _Pass:
     def _add(self, path: str, low: int, high: int, tensor: TensorState | None, kind: str, message: str) -> None:
         name, state = tensor.key if tensor is not None else ("", "")
         self._findings.append(Finding(path, low, high, name, state, kind, message))
-
-
-def probe(files: Files, path: str, size: int) -> str:
-    """xxh3-128 of the first and last 4 KiB: tells two files apart without reading them."""
-    head = bytearray(min(PROBE_BYTES, size))
-    tail = bytearray(min(PROBE_BYTES, size))
-    files.read_into(path, 0, head)
-    files.read_into(path, size - len(tail), tail)
-    return digest(bytes(head) + bytes(tail))

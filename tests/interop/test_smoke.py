@@ -1,7 +1,8 @@
 """The short half of the interoperability tests, for every change: out of each framework, into our format, and back.
 
     DeepSpeed ZeRO-1, 2, 3 ─┐                                       ┌─▶ the framework loads it: the same bits, steps
-    FSDP2 with DCP ─────────┴─▶ our format on disk, verified ───────┴─▶ and groups, and trains on with the same losses
+    FSDP2 with DCP ─────────┴─▶ our format on disk, verified ───────┼─▶ and groups, and trains on with the same losses
+                                                                    └─▶ every other layout: the same bits
 
 make interop-smoke; the long half (make test-interop) has other worlds, models and layouts. Names say what is compared
 with what: the losses of the run that was never interrupted, digit for digit.
@@ -16,7 +17,20 @@ import pytest
 import torch
 
 from holdfast.ckpt.cli import main as ckpt
+from holdfast.ckpt.formats import open_any
+from holdfast.ckpt.tensors import load
 from holdfast.ckpt.universal.verify import verify
+
+LAYOUTS = [f"deepspeed:zero{stage},dp={dp}" for stage in (1, 3) for dp in (1, 2, 3, 4)]
+LAYOUTS += ["deepspeed-universal", "dcp:dp=3", "fsdp2:dp=4"]
+
+
+def saved(lab: Any, stage: int) -> tuple[Path, dict[str, Any]]:
+    """What DeepSpeed saved at step 3 of 6, and what it reported."""
+    found: tuple[Path, dict[str, Any]] = lab.once(
+        f"smoke-zero{stage}", lambda at: lab.deepspeed(2, stage=stage, dump=True, save={"3": at})
+    )
+    return found
 
 
 def there_and_back(lab: Any, name: str, source: Path, target: str) -> Path:
@@ -42,13 +56,34 @@ def check(expected: dict[str, Any], found: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("deepspeed")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_goes_on_from_what_went_through_our_format(lab: Any, stage: int) -> None:
-    options = {"stage": stage, "dump": True}
-    folder, report = lab.once(f"smoke-zero{stage}", lambda at: lab.deepspeed(2, **options, save={"3": at}))
+    folder, report = saved(lab, stage)
     ours = there_and_back(lab, f"smoke-zero{stage}-back", folder, f"deepspeed:zero{stage},dp=2")
-    found = lab.deepspeed(2, **options, load=ours)
+    found = lab.deepspeed(2, stage=stage, dump=True, load=ours)
     check(report["dump"], found["dump"])
     assert found["dump"]["steps"] == report["dump"]["steps"]
     assert found["losses"] == {step: report["losses"][step] for step in (3, 4, 5)}
+
+
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_layout_holds_the_bits_that_deepspeed_held(lab: Any, stage: int, tmp_path: Path) -> None:
+    folder, report = saved(lab, stage)
+    held, source = report["dump"]["states"], open_any(folder)
+    assert ckpt(["convert", str(folder), str(tmp_path / "ours")]) == 0
+    for number, target in enumerate(LAYOUTS):
+        there = tmp_path / str(number)
+        lossy = ["--allow-lossy"] if source.metadata["source"]["stage"] < 3 else []  # rounded weights, made again
+        assert ckpt(["reshard", str(tmp_path / "ours"), str(there), "--to", target, *lossy]) == 0
+        for state in ("fp32", "exp_avg", "exp_avg_sq"):
+            plain = state == "fp32" and target.startswith(("dcp", "fsdp2"))
+            found = load(there, state="weight" if plain else state)
+            for name, states in held.items():
+                assert torch.equal(states[state], found[name]), (target, name, state)
+        other = open_any(there)
+        assert (other.steps, other.groups, other.aliases) == (source.steps, source.groups, source.aliases), target
+    assert ckpt(["export", str(tmp_path / "ours"), str(tmp_path / "hf"), "--masters"]) == 0
+    exported = load(tmp_path / "hf")
+    assert all(torch.equal(states["fp32"], exported[name]) for name, states in held.items())
 
 
 def test_fsdp2_goes_on_from_what_went_through_our_format(lab: Any) -> None:

@@ -282,6 +282,18 @@ def test_what_cannot_work_is_refused_before_anything_is_written(capsys: Capture,
     assert sorted(saved.parent.iterdir()) == before
 
 
+@pytest.mark.parametrize("target", ["holdfast", "hf", "deepspeed:zero3,dp=2", "dcp:dp=2", "torch"])
+def test_nobody_waits_for_the_disk_who_said_so(saved: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(os, "fsync", waits.append)
+    words = ["--to", target, "--allow-lossy"]
+    assert run("convert", saved, saved.parent / "lazy", *words, "--no-sync") == 0
+    assert waits == []
+    assert run("convert", saved, saved.parent / "durable", *words) == 0
+    assert waits
+    assert run("diff", saved.parent / "lazy", saved.parent / "durable") == 0
+
+
 def test_a_damaged_source_leaves_no_target(capsys: Capture, saved: Path) -> None:
     path, start = payload(saved, "fp32")
     damage(path, start)

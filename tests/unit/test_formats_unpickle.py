@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from holdfast.ckpt.formats import machine
 from holdfast.ckpt.formats.inert import Global, Instance
 from holdfast.ckpt.formats.pickling import Construct, Ordered, dumps
 from holdfast.ckpt.formats.unpickle import loads, named
@@ -177,6 +178,47 @@ def test_a_damaged_pickle_never_raises_anything_but_ours(at: int, patch: bytes) 
         loads(good[:at] + patch + good[at + len(patch) :], allowed=NONE)
     except CheckpointError:
         return
+
+
+OFTEN = [getattr(machine, name) for name in ("MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "EMPTY_TUPLE", "TUPLE1")]
+OFTEN += [getattr(machine, name) for name in ("TUPLE2", "EMPTY_DICT", "SETITEMS", "NEWOBJ", "REDUCE", "BUILD")]
+OFTEN += [getattr(machine, name) for name in ("BININT1", "BININT2", "SHORT_BINUNICODE")]
+POINTS = short("frame.work") + short("Point") + b"\x93\x94"
+PARTS = st.sampled_from(
+    [bytes([code]) for code in OFTEN] + [short("a"), b"K\1", b"h\0", POINTS, b"]", b"N", b"e", b"0"]
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.lists(PARTS, max_size=25), st.binary(max_size=3))
+@example([POINTS, b")", b"\x81", b"}", b"(", short("a"), b"K\1", b"u", b"b"], b".")
+@example([b"}", b"(", b"K\1", b"(", b"u"], b"u.")
+@example([b"}", b"(", b"\x8a\x09" + b"\xff" * 8 + b"\1", b"N", b"u"], b".")  # a number that is no key
+@example([b"}", b"\x94", b"(", b"(", short("a"), b"h\0", b"u"], b".")
+def test_what_is_done_without_calls_is_what_the_operations_do(parts: list[bytes], rest: bytes) -> None:
+    data = b"".join(parts) + rest
+
+    def outcome() -> str:
+        try:
+            return repr(loads(data, allowed=frozenset({POINT})))
+        except CheckpointError as error:
+            return type(error).__name__
+
+    quick = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, code in vars(machine).items():
+            if type(code) is int and code in OFTEN and name != "STOP":
+                patch.setattr(machine, name, -1)
+        patch.setattr(machine, "CALL", ())
+        assert outcome() == quick
+
+
+def test_the_stack_is_measured_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "STACK_MAX", 100)
+    monkeypatch.setattr(machine, "CHECK_BYTES", 50)
+    assert loads(b")" * 90 + b"0" * 89 + b".", allowed=NONE) == ()
+    with pytest.raises(CorruptError, match="stacks too much"):
+        loads(b")" * 160 + b"0" * 159 + b".", allowed=NONE)
 
 
 VALUES = st.recursive(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 import universal as helpers
 
 from holdfast.ckpt.dtypes import TORCH_NAMES
+from holdfast.ckpt.formats import dcp, open_any, write_as
+from holdfast.ckpt.formats.torchzip import read_region
 from holdfast.ckpt.tensors import load
 from holdfast.ckpt.universal.errors import CorruptError, IncompleteError, UsageError
 from holdfast.ckpt.universal.model import ITEM_BYTES
+from holdfast.ckpt.universal.read import Reader
+from holdfast.ckpt.universal.write import WriteOptions, Writer
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +120,95 @@ def test_other_formats_by_the_same_call(tmp_path: Path) -> None:
     torch.save(model, tmp_path / "model.pt")
     for name in ("model.safetensors", "model.pt"):
         assert same(load(tmp_path / name), model), name
+
+
+# ---- one rank's part ----------------------------------------------------------------------------------------------
+
+
+def joined(parts: list[dict[str, torch.Tensor]], dim: int | dict[str, int]) -> dict[str, torch.Tensor]:
+    """What all ranks have, put together."""
+    found = {}
+    for name, first in parts[0].items():
+        cut = dim if isinstance(dim, int) else dim.get(name, first.dim())
+        bits = [part[name].view(torch.uint8) if first.dtype.itemsize == 1 else part[name] for part in parts]
+        found[name] = torch.cat(bits, cut).view(first.dtype) if cut < first.dim() else first
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 40])
+@pytest.mark.parametrize("dim", [0, 1, {"layer.0": 1, "embed": 0}])
+def test_the_parts_of_all_ranks_are_the_whole(saved: Path, world: int, dim: int | dict[str, int]) -> None:
+    parts = [load(saved, state="exp_avg", rank=rank, world=world, dim=dim) for rank in range(world)]
+    assert same(joined(parts, dim), expected("exp_avg"))
+    if dim == 0 and world == 3:
+        rows = [len(part["layer.0"]) for part in parts]
+        assert rows[0] == rows[1] >= rows[2]  # as DTensor cuts
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Masters and moments as three ranks of DCP have them, each part of a tensor an archive of its own."""
+    folder = tmp_path_factory.mktemp("dcp") / "out"
+    found = {key: pair for key, pair in helpers.tensors().items() if key[1] in ("fp32", "exp_avg", "exp_avg_sq")}
+    with Writer(folder.with_name("ours"), WriteOptions(fsync=False)) as writer:
+        roles = {key: "param" if key[1] == "fp32" else "optim" for key in found}
+        writer.begin([replace(plan, role=roles[plan.name, plan.state]) for plan in helpers.plans(found)])
+        for (name, state), (_, array) in found.items():
+            writer.put(name, state, array.reshape(-1).data.cast("B") if array.size else b"")
+        writer.commit(helpers.DETAILS)
+    with Reader(open_any(folder.with_name("ours"))) as reader:
+        write_as("dcp:dp=3", reader, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("dim", "archives"), [(0, 3 * 6), (1, 3 * 3 * 4)])
+def test_only_the_archives_that_a_rank_reads_are_opened(
+    distributed: Path, dim: int, archives: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def counted(fd: int, file: str, region: tuple[int, int], **more: Any) -> Any:
+        opened.extend([region] if region[1] - region[0] > 4096 else [])  # not the small ones of scalars
+        return read_region(fd, file, region, **more)
+
+    monkeypatch.setattr(dcp, "read_region", counted)
+    whole = load(distributed)
+    assert len(opened) == 3 * 3  # parts of embed, of head, which is embed again, and of layer.0; no moments
+    opened.clear()
+    parts = [load(distributed, rank=rank, world=4, dim=dim) for rank in range(4)]
+    assert same(joined(parts, dim), whole)
+    assert len(opened) == archives
+    opened.clear()
+    open_any(distributed)
+    assert len(opened) == 3 * 3 + 2 * 3 * 2
+
+
+def test_what_was_not_asked_for_is_not_read_wrongly(distributed: Path) -> None:
+    found = open_any(distributed, lambda name, state, shape, box: box[0][0] == 0 if box else True)
+    name = next(
+        name for name, state in found.states if state == "exp_avg" and len(found.states[name, state].slabs) == 1
+    )
+    with Reader(found) as reader, pytest.raises(IncompleteError, match="elements are missing"):
+        reader.read(name, "exp_avg")
+
+
+def test_a_part_that_nothing_holds_is_missed_whether_it_was_asked_for_or_not(
+    distributed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = dcp._plan
+
+    def without_one(value: object) -> dcp.Plan:
+        made = plan(value)
+        dtype, shape, chunks = made.tensors["model.layer.0"]
+        made.tensors["model.layer.0"] = dtype, shape, chunks[:-1]
+        return made
+
+    monkeypatch.setattr(dcp, "_plan", without_one)
+    with pytest.raises(IncompleteError, match=r"elements are missing.*layer\.0"):
+        open_any(distributed, lambda *part: False)
+
+
+@pytest.mark.parametrize("more", [{"rank": 2, "world": 2}, {"rank": -1}, {"world": 0}, {"dim": -1}, {"dim": {"a": -2}}])
+def test_a_rank_or_dim_that_cannot_be_is_refused(saved: Path, more: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="a rank is from 0 on and below the world"):
+        load(saved, **more)
