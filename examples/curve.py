@@ -51,9 +51,10 @@ def svg(
         parts.append(_text(LEFT - 8, at_y(tick) + 4, f"{tick:g}", anchor="end"))
     for tick in ticks(left, right):
         parts.append(_text(at_x(tick), HEIGHT - BOTTOM + 18, f"{tick:g}", anchor="middle"))
-    for x, word in marks:
+    rows = levels([(at_x(x), 7.0 * len(word)) for x, word in marks])
+    for (x, word), row in zip(marks, rows, strict=True):
         parts.append(_rule(at_x(x), TOP, at_x(x), HEIGHT - BOTTOM, "#999999", dashes="3 3"))
-        parts.append(_text(at_x(x), HEIGHT - BOTTOM - 4, word, anchor="middle", size=11))
+        parts.append(_text(at_x(x), HEIGHT - BOTTOM - 4 - 12 * row, word, anchor="middle", size=11))
     for line, colour in zip(lines, COLOURS, strict=False):
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line.points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
@@ -63,6 +64,19 @@ def svg(
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<g transform="rotate(-90 18 {middle})">{_text(18, middle, y_title, anchor="middle")}</g>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def levels(words: Sequence[tuple[float, float]]) -> list[int]:
+    """For words of (middle, width) the row of each, from 0 up: the lowest in which it overlaps none before it."""
+    held: list[list[tuple[float, float]]] = []
+    found = []
+    for middle, width in words:
+        low, high = middle - width / 2, middle + width / 2
+        row = next((i for i, row in enumerate(held) if all(high <= a or b <= low for a, b in row)), len(held))
+        held += [[]] if row == len(held) else []
+        held[row].append((low, high))
+        found.append(row)
+    return found
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -62,3 +62,8 @@ def test_ticks_are_few_round_and_inside() -> None:
     assert curve.ticks(1.93, 2.88) == [2.0, 2.2, 2.4, 2.6, 2.8]
     assert curve.ticks(1.0, 240.0) == [50.0, 100.0, 150.0, 200.0]
     assert curve.ticks(3.0, 3.0) == [3.0]
+
+
+def test_words_of_kills_close_together_stand_above_each_other() -> None:
+    assert curve.levels([(10, 20), (25, 20), (50, 20), (28, 20), (70, 20)]) == [0, 1, 0, 2, 0]
+    assert curve.levels([]) == []
