@@ -62,7 +62,7 @@ def add_writing(parser: Parser) -> None:
     group.add_argument("--max-memory", type=size, default=0, metavar="256M", help="stay below this, or refuse")
     group.add_argument("--resume", action="store_true", help="take up an interrupted write; target in our format only")
     group.add_argument("--allow-lossy", action="store_true", help="agree to the losses that --dry-run lists")
-    group.add_argument("--no-sync", action="store_true", help="do not wait for the disk: a loss of power may tear it")
+    group.add_argument("--no-sync", action="store_true", help="do not wait for the disk: its faults are not seen")
     group.add_argument("--no-verify", action="store_true", help="do not check the digests of what is read")
     group.add_argument("--archive", action="store_true", help="compress (our format only; needs zstandard)")
     group.add_argument("--tile", action="store_true", help="store large optimizer tensors as tiles along dim 1")

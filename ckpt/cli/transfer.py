@@ -2,7 +2,8 @@
 
     Reader or View ──▶ estimate, refuse ──▶ our Writer (streaming, --resume) or a format's writer ──▶ whole target
 
-Memory is a few blocks per job. Invariant: whatever happens, the target's name is a whole checkpoint or nothing.
+Memory is a few blocks per job. Invariant: whatever happens, the target's name is a whole checkpoint or nothing; with
+--no-sync, whatever happens but a loss of power or a failing disk right after it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ What is a parameter and what an optimizer's state is told by the paths in planne
 optim.param_groups, nested or flattened. .metadata is a pickle that torch itself loads without any guard; here
 it goes through unpickle.py. Invariants:
 
-* a chunk's archive holds one tensor of exactly the chunk's size and dtype, inside of its part of the file;
+* a chunk's archive, where it is opened, holds one tensor of exactly the chunk's size and dtype, inside of its part of
+  the file; of one that is not opened nothing can be read;
 * everything is checked to be there (files, sizes, chunks that cover their tensor) before a Checkpoint is returned.
 """
 
@@ -79,7 +80,8 @@ def detect(path: Path) -> bool:
 def open(path: Path, wanted: Wanted | None = None) -> Checkpoint:
     """The checkpoint, as box-shaped slabs over the .distcp files; without those that `wanted` says no to.
 
-    Those, too, must be there and cover their tensor; only their archives are not opened.
+    Those, too, must be there and cover their tensor; only their archives are not opened. Steps and plain values, which
+    are archives as well, are always read.
     """
     with explained(path / METADATA, "reading a checkpoint's metadata"):
         if (path / METADATA).stat().st_size > BYTES_MAX:

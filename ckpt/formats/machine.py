@@ -77,48 +77,51 @@ class Machine:
         """
         data, stack, marks, memo = self.data, self.stack, self.marks, self.memo
         push, at, floor, limit = stack.append, self.at, marks[-1] if marks else 0, self.at + CHECK_BYTES
-        while at < limit:
-            code = data[at]
-            if code == MEMOIZE and len(stack) > floor:
-                memo[len(memo)] = stack[-1]
-            elif code == BINGET and data[at + 1] in memo:
-                push(memo[data[at + 1]])
+        try:
+            while at < limit:
+                code = data[at]
+                if code == MEMOIZE and len(stack) > floor:
+                    memo[len(memo)] = stack[-1]
+                elif code == BINGET and data[at + 1] in memo:
+                    push(memo[data[at + 1]])
+                    at += 1
+                elif code == LONG_BINGET and (index := int.from_bytes(data[at + 1 : at + 5], "little")) in memo:
+                    push(memo[index])
+                    at += 4
+                elif code == TUPLE1 and len(stack) > floor:
+                    stack[-1] = (stack[-1],)
+                elif code == MARK and len(marks) < MARKS_MAX:
+                    floor = len(stack)
+                    marks.append(floor)
+                elif code == EMPTY_TUPLE:
+                    push(())
+                elif code in CALL and len(stack) > floor + 1:
+                    args, self.at = stack.pop(), at + 1
+                    self.construct(stack.pop(), args)
+                elif code == BUILD and len(stack) > floor + 1 and self._builds(*stack[-2:]):
+                    stack.pop()
+                elif code == BININT2:
+                    push(data[at + 1] | data[at + 2] << 8)
+                    at += 2
+                elif code == EMPTY_DICT:
+                    push({})
+                elif code == SETITEMS and self._set_texts():
+                    floor = marks[-1] if marks else 0
+                elif code == BININT1:
+                    push(data[at + 1])
+                    at += 1
+                elif code == SHORT_BINUNICODE and at + 2 + data[at + 1] <= len(data):
+                    size = data[at + 1]
+                    push(data[at + 2 : at + 2 + size].decode("utf-8", "surrogatepass"))
+                    at += 1 + size
+                elif code == TUPLE2 and len(stack) > floor + 1:
+                    last = stack.pop()
+                    stack[-1] = (stack[-1], last)
+                else:
+                    break
                 at += 1
-            elif code == LONG_BINGET and (index := int.from_bytes(data[at + 1 : at + 5], "little")) in memo:
-                push(memo[index])
-                at += 4
-            elif code == TUPLE1 and len(stack) > floor:
-                stack[-1] = (stack[-1],)
-            elif code == MARK and len(marks) < MARKS_MAX:
-                floor = len(stack)
-                marks.append(floor)
-            elif code == EMPTY_TUPLE:
-                push(())
-            elif code in CALL and len(stack) > floor + 1:
-                args, self.at = stack.pop(), at + 1
-                self.construct(stack.pop(), args)
-            elif code == BUILD and len(stack) > floor + 1 and self._builds(*stack[-2:]):
-                stack.pop()
-            elif code == BININT2:
-                push(data[at + 1] | data[at + 2] << 8)
-                at += 2
-            elif code == EMPTY_DICT:
-                push({})
-            elif code == SETITEMS and self._set_texts():
-                floor = marks[-1] if marks else 0
-            elif code == BININT1:
-                push(data[at + 1])
-                at += 1
-            elif code == SHORT_BINUNICODE and at + 2 + data[at + 1] <= len(data):
-                size = data[at + 1]
-                push(data[at + 2 : at + 2 + size].decode("utf-8", "surrogatepass"))
-                at += 1 + size
-            elif code == TUPLE2 and len(stack) > floor + 1:
-                last = stack.pop()
-                stack[-1] = (stack[-1], last)
-            else:
-                break
-            at += 1
+        finally:
+            self.at = at  # for who is told what went wrong here
         return at
 
     @staticmethod

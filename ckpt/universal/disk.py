@@ -5,7 +5,7 @@
 Invariants:
 
 * pwrite() writes all of it or raises;
-* after fsync_directory() of a folder a rename in it survives a loss of power;
+* after fsync_directory() of a folder a rename in it survives a loss of power (but with `Unsynced`);
 * nothing here decides what a checkpoint is.
 """
 
@@ -121,7 +121,10 @@ class Disk:
 
 
 class Unsynced(Disk):
-    """Leaves it to the system when the disk gets what is written: for targets that can be made again."""
+    """Leaves it to the system when the disk gets what is written: for targets that can be made again.
+
+    A disk that fails, or is full, only then is nobody's error any more.
+    """
 
     durable: ClassVar[bool] = False
 

@@ -184,6 +184,8 @@ class Stage:
                 if digest(os.pread(self._fds[index], size, offset)) != known:
                     return False
                 offset += size
+        if self._options.fsync:  # who was killed may not have waited for the disk
+            self._disk.fsync(self._fds[index])
         self._packed[index] = packed
         self._headers[index] = os.pread(self._fds[index], packed[0][0], 0)
         for member in members:

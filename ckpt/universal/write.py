@@ -7,7 +7,7 @@ A killed write is taken up from its journal (`resume=True`). Does not convert, d
 into a checkpoint. What a crash leaves: before the rename a hidden folder that no reader is pointed to, after
 it the whole checkpoint. Invariants:
 
-* the target name appears by one rename of a folder whose files and COMMIT are durable;
+* the target name appears by one rename of a folder whose files and COMMIT are durable (but with `Unsynced`);
 * one writer per target and plan: the folder is locked.
 """
 

@@ -20,9 +20,10 @@ from holdfast.ckpt.formats import dcp, open_any, write_as
 from holdfast.ckpt.formats.torchzip import read_region
 from holdfast.ckpt.tensors import load
 from holdfast.ckpt.universal.errors import CorruptError, IncompleteError, UsageError
-from holdfast.ckpt.universal.model import ITEM_BYTES
+from holdfast.ckpt.universal.geometry import share
+from holdfast.ckpt.universal.model import ITEM_BYTES, Group
 from holdfast.ckpt.universal.read import Reader
-from holdfast.ckpt.universal.write import WriteOptions, Writer
+from holdfast.ckpt.universal.write import Details, StatePlan, WriteOptions, Writer
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +213,50 @@ def test_a_part_that_nothing_holds_is_missed_whether_it_was_asked_for_or_not(
 def test_a_rank_or_dim_that_cannot_be_is_refused(saved: Path, more: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="a rank is from 0 on and below the world"):
         load(saved, **more)
+
+
+@pytest.mark.parametrize("world", [4, 40])  # of 40 ranks some have nothing of most
+def test_parts_fill_tensors_that_are_there_whatever_the_format(saved: Path, distributed: Path, world: int) -> None:
+    for path, state in ((saved, "fp32"), (distributed, "exp_avg")):
+        whole = load(path, state=state)
+        for rank in (0, world // 2, world - 1):
+            boxes = {name: share(t.shape, 0, rank, world) for name, t in whole.items()}
+            live = {name: torch.full([b - a for a, b in box], 3.0) for name, box in boxes.items()}
+            found = load(path, state=state, into=live, rank=rank, world=world)
+            assert found is not live
+            for name, tensor in live.items():
+                assert found[name] is tensor
+                assert torch.equal(tensor, whole[name][slice(*boxes[name][0])]), (name, rank)
+    with pytest.raises(UsageError, match=r"wanted a contiguous float32\[24, 256\] on the CPU"):
+        load(distributed, names=None, into={"embed": torch.zeros(96, 256)}, rank=1, world=4)
+    assert list(load(distributed, names=["layer.0"], rank=3, world=4)) == ["layer.0"]
+
+
+def test_buffers_and_frozen_parameters_of_dcp_come_in_parts_too(tmp_path: Path) -> None:
+    arrays = {"w": torch.randn(6, 4), "frozen": torch.randn(9, 2), "scale": torch.randn(5)}
+    with Writer(tmp_path / "ours", WriteOptions(fsync=False)) as writer:
+        plans = [StatePlan("w", "fp32", "F32", (6, 4)), StatePlan("w", "exp_avg", "F32", (6, 4), "optim")]
+        plans += [StatePlan("frozen", "weight", "F32", (9, 2), "frozen")]
+        writer.begin([*plans, StatePlan("scale", "buffer", "F32", (5,), "buffer")])
+        for plan in [*plans, StatePlan("scale", "buffer", "F32", (5,))]:
+            writer.put(plan.name, plan.state, arrays[plan.name].numpy().tobytes())
+        writer.commit(Details(groups=(Group(0, {"lr": 0.1}, ("w",)),), steps={"w": 3}))
+    with Reader(open_any(tmp_path / "ours")) as reader:
+        write_as("dcp:dp=3", reader, tmp_path / "dcp")
+    assert {t.role for t in open_any(tmp_path / "dcp").states.values()} == {"param", "optim", "frozen", "buffer"}
+    parts = [load(tmp_path / "dcp", rank=rank, world=4) for rank in range(4)]
+    assert same(joined(parts, 0), arrays)
+
+
+def test_damage_is_found_by_the_rank_that_has_it_and_by_nobody_else(tmp_path: Path) -> None:
+    root = helpers.save(tmp_path / "step", scale=20).root
+    slab = open_any(root).states["embed", "fp32"].slabs[0]
+    with (root / slab.span.file).open("r+b") as file:
+        file.seek(slab.span.offset + slab.span.nbytes // 2 + 100_000)
+        file.write(b"\x55")
+    for rank in range(4):
+        if rank == 2:
+            with pytest.raises(CorruptError, match="embed"):
+                load(root, state="fp32", rank=rank, world=4)
+        else:
+            load(root, state="fp32", rank=rank, world=4)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.ckpt.universal import direct
+from holdfast.ckpt.universal import disk as disk_module
 from holdfast.ckpt.universal.direct import BLOCK_BYTES, DIRECT_BYTES_MIN, PAGE_BYTES, DirectFile
-from holdfast.ckpt.universal.disk import Disk
+from holdfast.ckpt.universal.disk import Disk, Unsynced
 from holdfast.ckpt.universal.open import open_checkpoint
 from holdfast.ckpt.universal.read import Reader
 from holdfast.ckpt.universal.verify import verify
@@ -103,6 +104,24 @@ def test_where_nothing_goes_past_the_cache_all_goes_through_it(tmp_path: Path, m
     os.close(fd)
     assert disk.writes == [(fd, 0, BLOCK_BYTES)]
     assert path.read_bytes() == data
+
+
+def test_who_does_not_wait_for_the_disk_writes_through_the_cache_and_hurries_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurried: list[int] = []
+    monkeypatch.setattr(disk_module, "write_back", lambda fd, offset, nbytes: hurried.append(nbytes))
+    flags = []
+    monkeypatch.setattr(direct, "_open", lambda path: flags.append(path) or -1)
+    for kind, expected in ((Disk, 1), (Unsynced, 0)):
+        hurried.clear()
+        flags.clear()
+        disk, path = kind(), tmp_path / kind.__name__
+        fd = disk.open(path)
+        file = DirectFile(disk, path, fd, threading.local())
+        file.pwrite(memoryview(bytes(DIRECT_BYTES_MIN)), 0)
+        assert (len(flags), len(hurried)) == (expected, expected)
+        os.close(fd)
 
 
 def test_a_checkpoint_written_past_the_cache_is_the_same(tmp_path: Path) -> None:

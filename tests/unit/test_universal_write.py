@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from holdfast.ckpt.universal.disk import Disk, Unsynced
 from holdfast.ckpt.universal.errors import IncompleteError, StorageError, UsageError
 from holdfast.ckpt.universal.model import Checkpoint
 from holdfast.ckpt.universal.open import open_checkpoint
@@ -241,6 +242,37 @@ def test_a_journal_is_not_believed_when_the_bytes_are_others(tmp_path: Path) -> 
         assert writer.missing("w", "fp32") == [(49152, 53248)]
         writer.put("w", "fp32", array.tobytes())
         writer.commit()
+    assert verify(tmp_path / "c") == []
+
+
+class Waiting(Disk):
+    """Notes the files whose fsync it waited for."""
+
+    def __init__(self) -> None:
+        self.durable_files: set[str] = set()
+
+    def fsync(self, fd: int) -> None:
+        self.durable_files.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name.removesuffix(".new"))
+        super().fsync(fd)
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_what_was_written_without_waiting_is_waited_for_by_who_takes_it_up(tmp_path: Path, archive: bool) -> None:
+    options = WriteOptions(resume=True, archive=archive)
+    array = np.random.default_rng(0).standard_normal(100_000, np.float32)
+    plan = [StatePlan("w", "fp32", "F32", array.shape), StatePlan("v", "weight", "F32", (3,))]
+    with Writer(tmp_path / "c", options, Unsynced()) as writer:
+        writer.begin(plan)
+        writer.put("w", "fp32", array.tobytes())
+    disk = Waiting()
+    with Writer(tmp_path / "c", options, disk) as writer:
+        writer.begin(plan)
+        assert writer.missing("w", "fp32") == []
+        writer.put("v", "weight", bytes(12))
+        writer.commit()
+    payloads = {path.name for path in (tmp_path / "c").rglob("*.safetensors")}
+    assert len(payloads) == 2
+    assert payloads <= disk.durable_files
     assert verify(tmp_path / "c") == []
 
 
