@@ -49,7 +49,7 @@ demo-neighbours: venv  ## killed stages rebuilt from their neighbours, no snapsh
 # pytest exits with 5 where ARGS selects nothing of a part: that is no failure of the other.
 test: venv  ## all tests
 	$(BIN)/pytest -q -n 4 tests/unit tests/property tests/sim $(ARGS) || [ $$? = 5 ]
-	$(BIN)/pytest -q -n 2 --dist loadfile tests/multiprocess $(ARGS) || [ $$? = 5 ]
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/multiprocess $(ARGS) || [ $$? = 5 ]
 
 # An environment of its own: DeepSpeed has no place among what our users install. It builds nothing but itself here.
 interop:

@@ -159,10 +159,10 @@ class Job(Membership):
     def _has_quorum(self, now_ns: int) -> bool:
         return self.council.decides(self.book.heard(now_ns), self.book.dead())
 
-    def on_agent_failed(self, index: int, reason: str) -> list[Action]:
-        """A host cannot go on, and the job with it."""
+    def on_agent_failed(self, index: int, reason: str, *, waits: bool = False) -> list[Action]:
+        """A host cannot go on, and the job with it. `waits`: it is to be told so, too."""
         name = self.book.all[index].name if index in self.book.all else str(index)
-        return [StopJob(1, f"host {name}: {reason}", but=index)]
+        return [StopJob(1, f"host {name}: {reason}", but=-1 if waits else index)]
 
     def on_tick(self, now_ns: int) -> list[Action]:
         """Time passed."""

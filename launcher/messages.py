@@ -153,7 +153,7 @@ def heed_agent(job: Job, host: int, message: Any, *, now_ns: int, foreign: bool)
                 phase=body.phase,
             )
         case "failed":
-            return job.on_agent_failed(host, message.failed.reason)
+            return job.on_agent_failed(host, message.failed.reason, waits=message.failed.waits)
         case "learnt":
             return job.on_agent_learnt(now_ns, host, term_of(message.learnt.term), int(message.learnt.number))
     return actions

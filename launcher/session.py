@@ -138,9 +138,9 @@ class CoordinatorSession:
                 self._finished[exited.rank] = exited
             self._outbox.put(pb.AgentMessage(exited=exited))
 
-    def failed(self, reason: str) -> None:
-        """This host cannot go on."""
-        self._outbox.put(pb.AgentMessage(failed=pb.AgentFailed(reason=reason)))
+    def failed(self, reason: str, *, waits: bool = False) -> None:
+        """This host cannot go on. `waits`: it does until it is told to stop, as the others are."""
+        self._outbox.put(pb.AgentMessage(failed=pb.AgentFailed(reason=reason, waits=waits)))
 
     def fenced(self) -> None:
         """Our ranks have ended because nobody in charge was heard: from now on this is a host without any."""

@@ -43,7 +43,7 @@ HOUSEKEEPING_S: Final = 1.0
 FIRST_FORKS_S: Final = 60.0  # longest wait for the zygote's imports; each fresh rank would need as long for its own
 UNKILLABLE_S: Final = 30.0
 GONE_S: Final = 120.0  # a host without ranks waits so long for a coordinator that does not answer
-HEARD_S: Final = 0.5  # what this host has just said reaches the coordinator meanwhile
+HEARD_S: Final = 30.0  # longest wait of a host that refuses the job until the coordinator has stopped all of them
 QUIET_WAIT_NS: Final = 30_000_000_000
 
 
@@ -89,6 +89,7 @@ class Supervisor:
         self._frozen = True
         self._managed = False
         self._stop: HoldfastError | None = None
+        self._refusal: ConfigError | None = None  # why this host cannot run the job
         self._watcher = Watcher(limits)
         self._torch = Torch()
         self._guests: dict[int, Any] = {}  # local rank -> handler, of ranks that torch knows nothing of
@@ -342,8 +343,8 @@ class Supervisor:
             case "inject":
                 self._inject(order.inject.rank, order.inject.kind)
             case "stop":
-                refused = order.stop.exit_code == 2
-                self._end_job(ConfigError(order.stop.reason) if refused else JobFailed(order.stop.reason))
+                kind = ConfigError if order.stop.exit_code == 2 else JobFailed
+                self._end_job(self._refusal or kind(order.stop.reason))
             case "recovered":
                 tell(order.recovered.line)
             case "adopt":
@@ -372,8 +373,9 @@ class Supervisor:
 
     def refuse(self, reason: str) -> None:
         """The job cannot be run like this on this host (any thread)."""
-        self._session.failed(reason)
-        # The coordinator hears of it first: else the others would take this host for lost, and go on without it.
+        # It ends with the others: if it went before they knew, they would take it for lost, and go on without it.
+        self._refusal = ConfigError(reason)
+        self._session.failed(reason, waits=True)
         self._loop.post(lambda: self._loop.later(HEARD_S, lambda: self._end_job(ConfigError(reason))))
 
     def _fence(self, reason: str) -> None:

@@ -323,10 +323,12 @@ class Beat(_message.Message):
     def __init__(self) -> None: ...
 
 class AgentFailed(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "waits")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    waits: bool
+    def __init__(self, reason: _Optional[str] = ..., waits: _Optional[bool] = ...) -> None: ...
 
 class RankStarted(_message.Message):
     __slots__ = ("rank", "incarnation", "pid", "source", "started_ns")

@@ -285,6 +285,8 @@ def test_the_job_is_done_when_every_rank_has_ended_wherever_it_ran() -> None:
 
 
 def test_a_host_that_cannot_go_on_ends_the_job_with_its_name() -> None:
+    (told,) = Cluster().job.on_agent_failed(1, "its folder is another", waits=True)
+    assert told == StopJob(1, "host host1: its folder is another", but=-1), "it ends when it is told to, not before"
     (stop,) = Cluster().job.on_agent_failed(1, "rank 1 died 3 times at step 4")
     assert isinstance(stop, StopJob)
     assert stop.reason == "host host1: rank 1 died 3 times at step 4"
