@@ -34,7 +34,8 @@ from checkpoint_peers.measure import Spent, durable, of, run, settle, spread, wa
 from holdfast.ckpt.formats import open_any
 from holdfast.ckpt.universal.read import Reader
 
-OURS = (sys.executable, "-m", "holdfast.launcher.cli", "ckpt")
+COMMAND = Path(sys.executable).with_name("holdfast")
+OURS = (*([str(COMMAND)] if COMMAND.exists() else [sys.executable, "-m", "holdfast.launcher.cli"]), "ckpt")
 FIGURES = ("wall", "cpu", "rss", "sum_rss", "sum_pss")
 Line = dict[str, Any]
 

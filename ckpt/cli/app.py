@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from holdfast.proto.errors import HoldfastError
 
+from ..collecting import uncollected
 from ..universal.errors import UsageError
 from .arguments import Parser, make_parser
 from .console import Console
@@ -105,10 +106,11 @@ def _run(verb: str, argv: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"known: {' '.join(VERBS)}"
         raise UsageError(f"no verb {verb!r}; {hint}")
     name, about = VERBS[verb]
-    module: Any = importlib.import_module(f"{__package__}.{name}")
-    parser: Parser = make_parser(verb, about, module.EXAMPLES[verb])
-    module.add(parser, verb)
-    arguments = parser.parse_args(argv)
+    with uncollected():
+        module: Any = importlib.import_module(f"{__package__}.{name}")
+        parser: Parser = make_parser(verb, about, module.EXAMPLES[verb])
+        module.add(parser, verb)
+        arguments = parser.parse_args(argv)
     console = Console(json=arguments.json, verb=verb, progress=not arguments.no_progress)
     code: int = module.run(arguments, console)
     return code
