@@ -28,6 +28,15 @@ TORCH_NAMES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """safetensors' name -> torch's."""
+ITEM_BYTES: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+        **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+        **dict.fromkeys(("F32", "I32", "U32"), 4),
+        **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    }
+)
+"""Bytes of one element, by safetensors' names."""
 FROM_TORCH: Final[Mapping[str, str]] = MappingProxyType(
     {
         **{name: kind for kind, name in TORCH_NAMES.items()},

@@ -21,27 +21,10 @@ from typing import Final
 
 from holdfast.proto.errors import ConfigError, SnapshotCorrupt, SnapshotIncomplete
 
-ITEM_BYTES: Final[Mapping[str, int]] = MappingProxyType(
-    {
-        "BOOL": 1,
-        "U8": 1,
-        "I8": 1,
-        "F8_E4M3": 1,
-        "F8_E5M2": 1,
-        "I16": 2,
-        "U16": 2,
-        "F16": 2,
-        "BF16": 2,
-        "I32": 4,
-        "U32": 4,
-        "F32": 4,
-        "I64": 8,
-        "U64": 8,
-        "F64": 8,
-        "C64": 8,
-    }
-)
-"""Bytes of one element, by safetensors' names."""
+from .dtypes import ITEM_BYTES as ALL_BYTES
+
+ITEM_BYTES: Final[Mapping[str, int]] = MappingProxyType({k: n for k, n in ALL_BYTES.items() if k != "F8_E8M0"})
+"""Bytes of one element, of the dtypes that are kept in memory: a scale without sign and fraction is in files only."""
 
 
 @dataclass(frozen=True, slots=True)

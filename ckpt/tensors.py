@@ -19,11 +19,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .dtypes import TORCH_NAMES
+from .dtypes import ITEM_BYTES, TORCH_NAMES
 from .formats.registry import open_any
 from .universal.errors import IncompleteError, UsageError
 from .universal.geometry import intersect, share, volume
-from .universal.model import ITEM_BYTES, Box, TensorState
+from .universal.model import Box, TensorState
 from .universal.read import Reader
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ..dtypes import ITEM_BYTES
 from ..universal.chunks import digest, stored_offsets
 from ..universal.convert import NUMPY, convert
 from ..universal.disk import Disk, explained
@@ -25,7 +26,7 @@ from ..universal.errors import CheckpointError, UsageError
 from ..universal.files import Files
 from ..universal.geometry import boxes_of_flat
 from ..universal.manifest import COMMIT, MANIFEST
-from ..universal.model import ITEM_BYTES, Box, Checkpoint, Region, Slab, TensorState
+from ..universal.model import Box, Checkpoint, Region, Slab, TensorState
 from ..universal.open import load
 from ..universal.read import Reader
 from ..universal.scan import gaps

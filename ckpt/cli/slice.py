@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ..dtypes import ITEM_BYTES
 from ..universal.disk import Disk, explained
 from ..universal.errors import UsageError
 from ..universal.geometry import share, volume
-from ..universal.model import ITEM_BYTES, Box, Checkpoint, TensorState
+from ..universal.model import Box, Checkpoint, TensorState
 from ..universal.read import BLOCK_BYTES, Reader
 from ..universal.stheader import build_header
 from ..universal.view import is_optimizer

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..dtypes import ITEM_BYTES
 from ..universal.disk import Disk, Unsynced
 from ..universal.errors import UsageError
 from ..universal.files import block
 from ..universal.manifest import TOPIC
-from ..universal.model import ITEM_BYTES, Checkpoint, Region, Role, TensorState
+from ..universal.model import Checkpoint, Region, Role, TensorState
 from ..universal.plan import TARGETS, Estimate, Wanted, check, estimate, jobs_within
 from ..universal.read import BLOCK_BYTES, Reader
 from ..universal.view import View, blocks, is_optimizer

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..dtypes import FROM_TORCH
+from ..dtypes import FROM_TORCH, ITEM_BYTES
 from ..universal.disk import explained
 from ..universal.errors import CorruptError, IncompleteError
-from ..universal.model import ITEM_BYTES, Box, Checkpoint, Kept, Slab, Span, safe_path
+from ..universal.model import Box, Checkpoint, Kept, Slab, Span, safe_path
 from .building import Builder
 from .dcp_paths import Places, where
 from .inert import Global, Instance

@@ -25,7 +25,6 @@ from .deepspeed_experts import Experts
 from .deepspeed_files import Files, check_grid, classify, folder_of, listed
 from .deepspeed_modules import add_frozen_slices, add_layers, add_module, shapes_of
 from .deepspeed_zero import Partition, original_order, partition, recomputed, scattered, sliced
-from .deepspeed_zero0 import zero0
 from .inert import Instance
 from .torchzip import plain, read_torch
 
@@ -114,6 +113,8 @@ def open(path: Path) -> Checkpoint:
     elif stage:
         found = _zero12(opened)
     else:
+        from .deepspeed_zero0 import zero0  # the rare case, and one more module to import
+
         found = Found(0, optimizer=zero0(opened.builder, opened.root, opened.main, first))
     return finished(opened, found)
 

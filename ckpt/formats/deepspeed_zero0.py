@@ -18,10 +18,11 @@ from typing import Any, Final
 
 import xxhash
 
+from ..dtypes import ITEM_BYTES
 from ..universal.convert import convert
 from ..universal.errors import CorruptError
 from ..universal.files import Files
-from ..universal.model import ITEM_BYTES, Kept
+from ..universal.model import Kept
 from .building import Builder
 from .deepspeed_modules import add_module
 from .torchzip import Stored, number

@@ -23,11 +23,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ..dtypes import ITEM_BYTES
 from ..universal.direct import DirectFile
 from ..universal.disk import Disk, explained
 from ..universal.errors import CorruptError, IncompleteError, UsageError
 from ..universal.jsonio import parse
-from ..universal.model import ITEM_BYTES, Checkpoint, Slab, Span, TensorState, safe_path
+from ..universal.model import Checkpoint, Slab, Span, TensorState, safe_path
 from ..universal.read import Reader
 from ..universal.stheader import Entry, build_header, read_header
 from .building import Builder

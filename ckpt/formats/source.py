@@ -14,8 +14,9 @@ import math
 from collections.abc import Iterator
 from typing import Final
 
+from ..dtypes import ITEM_BYTES
 from ..universal.errors import IncompleteError, LossyError, UsageError
-from ..universal.model import ITEM_BYTES, Box, Checkpoint, TensorState
+from ..universal.model import Box, Checkpoint, TensorState
 from ..universal.read import Reader
 
 PIECE_BYTES: Final = 4 << 20

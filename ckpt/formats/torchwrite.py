@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ..dtypes import ITEM_BYTES
 from ..universal.disk import Disk, explained
 from ..universal.errors import CorruptError, UsageError
 from ..universal.geometry import row_major
-from ..universal.model import ITEM_BYTES
 from .inert import Global
 from .pickling import Construct, Ordered, Persistent, dumps
 

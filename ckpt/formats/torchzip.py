@@ -23,10 +23,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, cast
 
-from ..dtypes import FROM_TORCH
+from ..dtypes import FROM_TORCH, ITEM_BYTES
 from ..universal.disk import explained
 from ..universal.errors import CorruptError
-from ..universal.model import ELEMENTS_MAX, ITEM_BYTES, RANK_MAX, Slab, Span
+from ..universal.model import ELEMENTS_MAX, RANK_MAX, Slab, Span
 from .inert import Global, Instance, Make
 from .unpickle import BYTES_MAX, loads, named
 from .zipfiles import Archive

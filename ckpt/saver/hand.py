@@ -22,11 +22,12 @@ from typing import Any, Final
 from holdfast.proto.errors import ProtocolViolation, SnapshotError, SnapshotIncomplete
 from holdfast.proto.ids import NO_STEP
 
+from ..dtypes import ITEM_BYTES
 from ..memory.client import SmpClient
 from ..universal.disk import Disk, explained
 from ..universal.journal import FILE_NAME as JOURNAL
 from ..universal.manifest import encode
-from ..universal.model import ITEM_BYTES, Checkpoint, safe_path
+from ..universal.model import Checkpoint, safe_path
 from ..universal.staging import Stage, WriteOptions
 from .choose import WHOLE
 from .copy import Taken, free, take

@@ -18,8 +18,9 @@ from typing import Any, Final
 
 import xxhash
 
+from ..dtypes import ITEM_BYTES
 from .errors import CorruptError, UsageError
-from .model import ITEM_BYTES, Slab
+from .model import Slab
 
 Buffer = bytes | bytearray | memoryview
 

@@ -21,8 +21,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..dtypes import ITEM_BYTES
 from .convert import NUMPY, convert
-from .model import ITEM_BYTES, Checkpoint, TensorState
+from .model import Checkpoint, TensorState
 from .read import Reader
 from .view import blocks
 

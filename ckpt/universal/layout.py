@@ -16,11 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ..dtypes import ITEM_BYTES
 from .chunks import chunk_bytes_for, digest
 from .errors import UsageError
 from .geometry import full_box
 from .jsonio import canonical
-from .model import ITEM_BYTES, Box, Role, Slab, Span, TensorState
+from .model import Box, Role, Slab, Span, TensorState
 from .stheader import HEADER_BYTES_MAX, build_header
 
 STATE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}\Z")

@@ -24,9 +24,10 @@ from typing import Any, Final, Literal
 import numpy as np
 import xxhash
 
+from ..dtypes import ITEM_BYTES
 from .convert import NUMPY, convert
 from .errors import IncompleteError, LossyError, MappingError, UsageError
-from .model import ITEM_BYTES, Checkpoint, Group, Region, TensorState
+from .model import Checkpoint, Group, Region, TensorState
 from .read import Reader
 from .view import View, blocks, is_optimizer
 

@@ -21,14 +21,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from ..pieces import ITEM_BYTES as _PIECE_BYTES
+from ..dtypes import ITEM_BYTES
 from .errors import CorruptError, IncompleteError
-
-ITEM_BYTES: Final[Mapping[str, int]] = MappingProxyType({**_PIECE_BYTES, "F8_E8M0": 1})
-"""Bytes of one element, by safetensors' names of dtypes."""
 
 RANK_MAX: Final = 16
 """Dimensions of a tensor: beyond what any framework stores; a cap against hostile shapes."""

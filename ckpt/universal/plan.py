@@ -17,9 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from ..dtypes import ITEM_BYTES
 from .convert import NUMPY, lossless
 from .errors import LossyError, StorageError, UsageError
-from .model import ITEM_BYTES, Checkpoint, TensorState
+from .model import Checkpoint, TensorState
 from .read import BLOCK_BYTES
 from .view import is_optimizer
 

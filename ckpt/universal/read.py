@@ -18,6 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
+from ..dtypes import ITEM_BYTES
 from ..pages import enlarge
 from ..threads import threads
 from .chunks import Codec, digest, stored_offsets
@@ -25,7 +26,7 @@ from .convert import convert
 from .errors import CorruptError, IncompleteError, UsageError
 from .files import Files, block
 from .geometry import Copy, is_flat, region_size, taken
-from .model import ITEM_BYTES, Checkpoint, Region, Slab, TensorState
+from .model import Checkpoint, Region, Slab, TensorState
 from .strided import copy as strided_copy
 
 BLOCK_BYTES: Final = 4 << 20

@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..dtypes import ITEM_BYTES
 from .chunks import Buffer
 from .disk import Disk
 from .errors import CorruptError, IncompleteError, UsageError
-from .model import ITEM_BYTES, Checkpoint, Role
+from .model import Checkpoint, Role
 from .write import Details, StatePlan, WriteOptions, Writer
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from ..dtypes import ITEM_BYTES
 from .archive import compress_file, packed_slab
 from .chunks import Buffer, digest
 from .direct import DirectFile
@@ -31,7 +32,7 @@ from .journal import FILE_NAME as JOURNAL
 from .journal import Journal, Packed, read_journal
 from .layout import FILE_BYTES_MAX, Layout, StatePlan, make_layout, plan_digest
 from .manifest import COMMIT
-from .model import ITEM_BYTES, FileFacts, Region, TensorState
+from .model import FileFacts, Region, TensorState
 from .progress import SlabProgress
 from .strided import dense, view
 

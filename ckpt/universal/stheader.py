@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ..dtypes import ITEM_BYTES
 from .disk import explained
 from .errors import CorruptError
 from .jsonio import parse
-from .model import ELEMENTS_MAX, ITEM_BYTES, RANK_MAX
+from .model import ELEMENTS_MAX, RANK_MAX
 
 HEADER_BYTES_MAX: Final = 100_000_000
 """The reference reader's own limit."""

@@ -15,8 +15,9 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..dtypes import ITEM_BYTES
 from .geometry import region_size
-from .model import ITEM_BYTES, Checkpoint, Region, TensorState
+from .model import Checkpoint, Region, TensorState
 from .read import BLOCK_BYTES, Reader, buffer
 
 

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 import universal as helpers
 
-from holdfast.ckpt.dtypes import TORCH_NAMES
+from holdfast.ckpt.dtypes import ITEM_BYTES, TORCH_NAMES
 from holdfast.ckpt.formats import dcp, open_any, write_as
 from holdfast.ckpt.formats.torchzip import read_region
 from holdfast.ckpt.tensors import load
 from holdfast.ckpt.universal.errors import CorruptError, IncompleteError, UsageError
 from holdfast.ckpt.universal.geometry import share
-from holdfast.ckpt.universal.model import ITEM_BYTES, Group
+from holdfast.ckpt.universal.model import Group
 from holdfast.ckpt.universal.read import Reader
 from holdfast.ckpt.universal.write import Details, StatePlan, WriteOptions, Writer
 

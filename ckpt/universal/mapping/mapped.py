@@ -13,9 +13,10 @@ from typing import Final
 
 import numpy as np
 
+from ...dtypes import ITEM_BYTES
 from ..errors import MappingError
 from ..geometry import boxes_of_flat, is_flat, volume
-from ..model import ITEM_BYTES, Box, Region, TensorState
+from ..model import Box, Region, TensorState
 from ..read import Reader
 from ..view import View
 from .language import Layout

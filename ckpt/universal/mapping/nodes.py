@@ -21,10 +21,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from ...dtypes import ITEM_BYTES
 from ..convert import convert
 from ..errors import LossyError, MappingError
 from ..geometry import copies, flat_tiles, region_tiles, row_major
-from ..model import ITEM_BYTES, Box, TensorState
+from ..model import Box, TensorState
 from ..read import BLOCK_BYTES, Reader
 from ..strided import copy as strided_copy
 
