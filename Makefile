@@ -44,12 +44,11 @@ demo: venv  ## train on four processes, kill some, compare with an undisturbed r
 demo-neighbours: venv  ## killed stages rebuilt from their neighbours, no snapshots; loss.svg shows both curves
 	$(BIN)/python examples/demo_neighbours.py $(ARGS)
 
-# Tests of one process share the cores. Those that start jobs run two at a time, each file in one process: a job waits
-# more than it computes, but more of them at once would miss their deadlines.
+# Tests of one process share the cores; those that start jobs run one at a time, or their deadlines would mean little.
 # pytest exits with 5 where ARGS selects nothing of a part: that is no failure of the other.
 test: venv  ## all tests
 	$(BIN)/pytest -q -n 4 tests/unit tests/property tests/sim $(ARGS) || [ $$? = 5 ]
-	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/multiprocess $(ARGS) || [ $$? = 5 ]
+	$(BIN)/pytest -q tests/multiprocess $(ARGS) || [ $$? = 5 ]
 
 # An environment of its own: DeepSpeed has no place among what our users install. It builds nothing but itself here.
 interop:

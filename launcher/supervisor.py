@@ -331,7 +331,8 @@ class Supervisor:
 
     def _obey(self, order: Any) -> None:
         with self._lock:
-            if not self._frozen:
+            # One that comes while the ranks are being started counts as well: nobody says it twice.
+            if not self._frozen or order.WhichOneof("body") == "stop":
                 self._obey_locked(order)
 
     def _obey_locked(self, order: Any) -> None:
