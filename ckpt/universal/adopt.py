@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..collecting import uncollected
 from ..threads import threads
 from .chunks import chunk_bytes_for, digest
 from .disk import Disk, explained
@@ -39,7 +38,6 @@ def default_home(root: Path) -> Path:
     return root.with_name(f"{root.name}.holdfast")
 
 
-@uncollected()
 def adopt(
     checkpoint: Checkpoint,
     home: Path | str | None = None,
