@@ -163,6 +163,8 @@ class Slot:
     def sample(self, clock_ns: int) -> Sample:
         """Look once; `clock_ns` is the watcher's clock."""
         marks, lease = self.marks, self.page.lease
+        # After its goodbye a rank may take as long as it likes for what its user has left to do.
+        phase = Phase.DONE if self.done else self.phase  # before the progress: see LeasePage.renew()
         progress = (lease.get(Word.PROGRESS_NS), lease.get(Word.ACTION))
         if progress != marks.progress:
             marks.progress, marks.progress_at_ns = progress, clock_ns
@@ -178,8 +180,7 @@ class Slot:
             status=status,
             stopped_ns=clock_ns - marks.stopped_at_ns if stopped else 0,
             hello=self.hello,
-            # After its goodbye a rank may take as long as it likes for what its user has left to do.
-            phase=Phase.DONE if self.done else self.phase,
+            phase=phase,
             idle_ns=clock_ns - marks.progress_at_ns,
             beat_idle_ns=clock_ns - marks.beat_at_ns,
             lease_ns=lease.get(Word.LEASE_NS),

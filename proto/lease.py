@@ -78,11 +78,15 @@ class LeasePage:
         self._words[word] = value & 0xFFFF_FFFF_FFFF_FFFF
 
     def renew(self, now_ns: int, phase: Phase) -> None:
-        """The training thread made progress and is now in `phase`."""
+        """The training thread made progress and is now in `phase`.
+
+        The phase comes last, and a watcher reads it first: after a long wait for a peer, that the phase is one that may
+        not take so long must never be seen without the progress that began it.
+        """
         words = self._words
-        words[Word.PHASE] = phase
         words[Word.PROGRESS_NS] = now_ns
         words[Word.ACTION] = words[Word.ACTION] + 1
+        words[Word.PHASE] = phase
 
     @property
     def phase(self) -> Phase:
