@@ -24,6 +24,7 @@ from typing import Any
 
 import grpc
 
+from holdfast.proto.channel import CHANNEL
 from holdfast.proto.errors import ConfigError
 from holdfast.proto.faults import FaultKind
 from holdfast.proto.gen import control_pb2 as pb
@@ -123,7 +124,7 @@ class Job:
         try:
             entry = registry.find(self._name)
             if entry.coordinator != self._address or self._channel is None:
-                self._channel = grpc.insecure_channel(entry.coordinator)
+                self._channel = grpc.insecure_channel(entry.coordinator, options=CHANNEL)
                 self._address = entry.coordinator
             stub = control_pb2_grpc.ControlStub(self._channel)
             return getattr(stub, method)(request, metadata=[("holdfast-token", entry.token)], timeout=2.0)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from holdfast.proto.channel import CHANNEL
 from holdfast.proto.errors import ConfigError
 
 COMMANDS: Final = {
@@ -60,7 +61,7 @@ def status(argv: Sequence[str]) -> int:
     from holdfast.proto.gen import control_pb2 as pb
     from holdfast.proto.gen import control_pb2_grpc
 
-    with grpc.insecure_channel(job.coordinator) as channel:
+    with grpc.insecure_channel(job.coordinator, options=CHANNEL) as channel:
         stub = control_pb2_grpc.ControlStub(channel)
         try:
             reply = stub.Status(pb.StatusRequest(), metadata=[("holdfast-token", job.token)], timeout=5.0)

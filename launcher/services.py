@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from holdfast.proto import env
+from holdfast.proto.channel import CHANNEL
 from holdfast.proto.errors import ConfigError, HoldfastError, JobFailed
 
 from .loop import Loop
@@ -150,7 +151,7 @@ class Coordinator:
         from holdfast.proto.gen import control_pb2 as pb
         from holdfast.proto.gen import control_pb2_grpc
 
-        with grpc.insecure_channel(self.address) as channel:
+        with grpc.insecure_channel(self.address, options=CHANNEL) as channel:
             try:
                 stub = control_pb2_grpc.ControlStub(channel)
                 stub.Status(pb.StatusRequest(), metadata=[("holdfast-token", self._token)], timeout=1.0)

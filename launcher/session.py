@@ -27,6 +27,7 @@ from typing import Any, Final
 
 import grpc
 
+from holdfast.proto.channel import CHANNEL
 from holdfast.proto.gen import control_pb2 as pb
 from holdfast.proto.gen import control_pb2_grpc
 
@@ -45,9 +46,9 @@ SETTLES: Final = 0.75
 SAID_ANEW: Final = frozenset({"hello", "beat", "promised", "learnt"})
 """What is of one stream; the next begins with a hello that says it all."""
 _OPTIONS: Final = (
+    *CHANNEL,
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.enable_http_proxy", 0),
 )
 
 

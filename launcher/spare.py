@@ -14,6 +14,7 @@ import threading
 from typing import Any, Final
 
 from holdfast.proto import env
+from holdfast.proto.channel import CHANNEL
 from holdfast.proto.errors import ConfigError
 
 from .bootstrap import Bootstrap, own_address, running
@@ -65,7 +66,7 @@ def _ask(coordinator: str) -> Bootstrap:
     token = os.environ.get(env.TOKEN, "")
     if not token:
         raise ConfigError(f"--join needs {env.TOKEN}, the secret with which the job was started")
-    with grpc.insecure_channel(coordinator) as channel:
+    with grpc.insecure_channel(coordinator, options=CHANNEL) as channel:
         try:
             stub = control_pb2_grpc.ControlStub(channel)
             metadata = [(TOKEN_HEADER, token)]

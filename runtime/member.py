@@ -23,6 +23,7 @@ from typing import Any
 
 import grpc
 
+from holdfast.proto.channel import CHANNEL
 from holdfast.proto.errors import ConfigError, Fenced, PeerLost
 from holdfast.proto.gen import control_pb2 as pb
 from holdfast.proto.gen import control_pb2_grpc
@@ -255,7 +256,7 @@ class Member:
 
     def _stream(self, address: str) -> None:
         identity = self._identity
-        with grpc.insecure_channel(address) as channel:
+        with grpc.insecure_channel(address, options=CHANNEL) as channel:
             outbox: SimpleQueue[Any] = SimpleQueue()
             with self._lock:
                 hello = pb.Hello(

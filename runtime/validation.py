@@ -37,15 +37,15 @@ class Validation:
         make_executor: Callable[[Plan], Executor],
         lease: Lease,
     ) -> None:
-        self._plan = make_plan(config.validation_microbatches or config.step_microbatches)
+        self._count = config.validation_microbatches or config.step_microbatches
         self._source = make_source(
             config.validation,
             microbatch_size=config.microbatch_size,
-            microbatches=self._plan.microbatches,
+            microbatches=self._count,
             seed=config.seed,
             shuffle=False,
         )
-        self._executor = make_executor(self._plan)
+        self._executor = make_executor(make_plan(self._count))  # of more paths if there are more replicas
         self._start: Any = copy.deepcopy(self._source.state())
         self._lease = lease
         self._warm = False
@@ -59,21 +59,20 @@ class Validation:
 
     def run(self, group: Group, step: int) -> tuple[int, float]:
         """Validate the state after `step`. Raises Fenced or PeerLost."""
-        plan = self._plan
         self._lease.renew(Phase.USER)
         self._source.load_state(copy.deepcopy(self._start))  # a stream too: every validation sees the same
         self._source.begin(1)
         if not self._warm:
             self._lease.warm_up()  # evaluation mode may compile, and its data may be lazy
-        outcome = self._executor.run(1, self._source, train=False)
+        outcome = self._executor.run(1, self._source, train=False, first=self._count)
         if not self._warm:
             self._lease.warmed()  # a step that hangs after it is noticed as soon as any other
             self._warm = True
-        vector = torch.full((2 * plan.microbatches,), math.nan, dtype=torch.float64)
-        for microbatch, (value, count) in outcome.losses.items():
-            vector[microbatch], vector[plan.microbatches + microbatch] = value.double().cpu(), count
+        vector = torch.full((2 * self._count,), math.nan, dtype=torch.float64)
+        for microbatch, (value, tokens) in outcome.losses.items():
+            vector[microbatch], vector[self._count + microbatch] = value.double().cpu(), tokens
         self._lease.renew(Phase.WAITING)
         values = merge(group.allgather(vector))
-        totals, counts = values[: plan.microbatches], values[plan.microbatches :]
+        totals, counts = values[: self._count], values[self._count :]
         self.newest = (step, math.fsum(totals) / math.fsum(counts))
         return self.newest

@@ -103,12 +103,14 @@ class Executor:
         """Use `group` from now on; shapes are agreed anew."""
         self._wire = Wire(group, self._plan, self._device)
 
-    def run(self, step: int, source: Source, *, train: bool, loss_scale: float = 1.0) -> Outcome:
-        """Run this rank's actions. `train=False`: forward only, in evaluation mode.
+    def run(
+        self, step: int, source: Source, *, train: bool, loss_scale: float = 1.0, first: int | None = None
+    ) -> Outcome:
+        """Run this rank's actions. `train=False`: forward only, in evaluation mode, of the `first` microbatches.
 
         Raises Fenced, PeerLost, ConfigError, or what a user's layer raised.
         """
-        run = _Run(self, step, source, train, loss_scale)
+        run = _Run(self, step, source, train, loss_scale, first)
         for module in self._modules.values():
             module.train(train)
         with rng.preserved(self._device), torch.set_grad_enabled(train):
@@ -118,12 +120,15 @@ class Executor:
 class _Run:
     """The local state of one step."""
 
-    def __init__(self, executor: Executor, step: int, source: Source, train: bool, loss_scale: float) -> None:
+    def __init__(
+        self, executor: Executor, step: int, source: Source, train: bool, loss_scale: float, first: int | None
+    ) -> None:
         self.x = executor
         self.step = step
         self.source = source
         self.train = train
         self.loss_scale = loss_scale
+        self.first = executor._plan.microbatches if first is None else first
         assert executor._wire is not None
         self.wire = executor._wire
         self.held: dict[tuple[int, int], Held] = {}
@@ -134,7 +139,9 @@ class _Run:
 
     def all(self) -> Outcome:
         x = self.x
-        actions = [a for a in x._schedule.actions if self.train or a.kind == "F"]
+        actions = x._schedule.actions
+        if not self.train:
+            actions = tuple(a for a in actions if a.kind == "F" and a.microbatch < self.first)
         made: Callable[[], DyadicSum | SequentialSum] = DyadicSum if x._numerics.exact else SequentialSum
         if self.train:
             self.outcome.sums = {unit: made() for unit in x._worked}

@@ -94,8 +94,11 @@ class Cluster:
     def lose(self, index: int) -> None:
         self.sessions[index].close()
         self.doors[index].close()
+        self.on_loop(self._stop(index))
+
+    async def _stop(self, index: int) -> None:
         self.controls[index].end_sessions()
-        self.on_loop(self.servers[index].stop(0))
+        await self.servers[index].stop(0)
 
     def close(self) -> None:
         for session in self.sessions:
