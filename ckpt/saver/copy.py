@@ -1,11 +1,12 @@
 """Out of the arenas into memory of our own, and only then is it ours: verified, and of one fill from end to end.
 
-    open ▸ table ▸ copy of the data ▸ digest of the copy == what was sealed ▸ still the same fill? ▸ Taken
+    open ▸ table ▸ copy of the data ▸ digest of the copy == what was sealed, if it was yet ▸ still that fill? ▸ Taken
 
 The copy is the only thing that ranks wait for with their next snapshots, so nothing else happens meanwhile; what
 comes after (composing, writing) reads only our own memory. Memory is asked for before it is taken. Invariants:
 
-* a Taken holds exactly the bytes that were sealed, whatever the ranks do after;
+* a Taken holds exactly the bytes that were sealed, or, where the manager has not judged them yet, those that it will
+  judge, whatever the ranks do after;
 * free() gives all of it back.
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Final
 
 from holdfast.proto.errors import SnapshotCorrupt, SnapshotError
 
-from ..memory.arena import Word
+from ..memory.arena import Half, State, Word
 from ..memory.client import HalfInfo, SmpClient
 from ..memory.digest import DIGEST_BYTES, digest_of
 from ..memory.memfd import RESERVE_BYTES, room
@@ -99,15 +100,24 @@ def _take(client: SmpClient, held: HalfInfo) -> Taken:
                     stop = min(at + _CHUNK_BYTES, nbytes)
                     ours[at:stop] = half.memory[start + at : start + stop]
                 found = digest_of(ours[:nbytes])
-            sealed = bytes(half.memory[Word.DATA_DIGEST * 8 : Word.DATA_DIGEST * 8 + DIGEST_BYTES])
+            sealed = _seal(half, held)
             half.confirm(table)
-            if found != sealed:
+            if sealed is not None and found != sealed:
                 client.corrupt(held.slot, held.half, held.step)
                 raise SnapshotCorrupt("the data is not what was sealed", slot=held.slot, step=held.step)
         except BaseException:
             memory.close()
             raise
         return Taken(held.slot, table.step, table.entries, unmarked(table.metadata), memory)
+
+
+def _seal(half: Half, held: HalfInfo) -> bytes | None:
+    """The digest that the half's fill was sealed with; None as long as nobody has judged it."""
+    state, _, _ = half.peek()  # before the digest, which is stored first
+    if state is State.CORRUPT:
+        raise SnapshotCorrupt("the half is marked corrupt", slot=held.slot, step=held.step)
+    stored = bytes(half.memory[Word.DATA_DIGEST * 8 : Word.DATA_DIGEST * 8 + DIGEST_BYTES])
+    return stored if state is State.SEALED else None
 
 
 def _word(memory: memoryview, word: Word) -> int:

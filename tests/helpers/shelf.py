@@ -55,6 +55,15 @@ class Shelf:
 
     def fill(self, slot: int, half: int, step: int, tensors: Tensors, parts: Parts | None = None, **meta: Any) -> None:
         """As a rank and its manager would: begun, copied, sealed. `parts`: shape, first element of what is one."""
+        self.copy(slot, half, step, tensors, parts, **meta)
+        arena = self._held[slot, half].half
+        judged = arena.judge()
+        assert judged is not None
+        assert isinstance(judged[1], bytes)
+        arena.seal(judged[0], judged[1])
+
+    def copy(self, slot: int, half: int, step: int, tensors: Tensors, parts: Parts | None = None, **meta: Any) -> None:
+        """As a rank does, before its manager has looked."""
         generators = np.arange(4, dtype=np.uint8) + slot
         value = {
             "step": step,
@@ -80,10 +89,6 @@ class Shelf:
         for entry, (_, array) in zip(mapped.half.begin(step, bytes(32), 0, entries, encoded), listed, strict=True):
             mapped.half.view(entry)[:] = array.tobytes()
         mapped.half.finish()
-        judged = mapped.half.judge()
-        assert judged is not None
-        assert isinstance(judged[1], bytes)
-        mapped.half.seal(judged[0], judged[1])
 
     def half(self, slot: int, half: int) -> MappedHalf:
         return self._held[slot, half]

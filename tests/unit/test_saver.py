@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,36 @@ def test_a_page_that_was_never_written_wants_nothing(page: Page) -> None:
 def test_no_page_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no page of the saver"):
         Page(tmp_path / "none")
+
+
+# ---- copies ------------------------------------------------------------------------------------------------
+
+
+def test_what_its_manager_has_not_judged_yet_is_taken_and_accused_of_nothing(shelf: Shelf) -> None:
+    fill(shelf, 0, 9)  # another digest lies where the next one will
+    fill(shelf, 1, 8)
+    shelf.copy(0, 0, 10, weights("0.w", A, 10))
+    fill(shelf, 1, 10)
+    halves = shelf.list()
+    assert next(half.state for half in halves if (half.slot, half.half) == (0, 0)) == "COPIED"
+    taken = take(shelf, 10, [half for half in halves if half.half == half.slot], [0, 1])  # type: ignore[arg-type]
+    entry = next(e for e in taken[0].entries if (e.name, e.state) == ("0.w", "weight"))
+    assert np.frombuffer(taken[0].view(entry), np.float32).tolist() == (A + 10).reshape(-1).tolist()
+    assert shelf.accused == []
+
+
+def test_what_is_not_what_was_sealed_or_was_condemned_is_not_taken(shelf: Shelf) -> None:
+    fill(shelf, 0, 10)
+    arena = shelf.half(1, 0).half
+    table = arena.table()
+    arena.view(table.entries[0])[0] ^= 1
+    with pytest.raises(SnapshotCorrupt, match="not what was sealed"):
+        take(shelf, 10, shelf.list(), [0, 1])  # type: ignore[arg-type]
+    assert shelf.accused == [(1, 0, 10)]
+    arena.condemn(table.fill)
+    seen = [replace(half, state="SEALED") for half in shelf.list()]  # as it was when somebody looked
+    with pytest.raises(SnapshotCorrupt, match="marked corrupt"):
+        take(shelf, 10, seen, [0, 1])  # type: ignore[arg-type]
 
 
 # ---- the service --------------------------------------------------------------------------------------------
