@@ -106,6 +106,7 @@ class Supervisor:
         self._service_pids: Callable[[], list[int]] = list
         self._several = False
         self._done = False
+        self._early: list[Any] = []  # orders that came before the ranks were there
         self._fence_s = 0.0
         self._fenced_at = 0.0
         self.template: Program | None = None  # how a rank of another host is started here
@@ -139,7 +140,7 @@ class Supervisor:
                 self._watcher.slots[local_rank] = slot
                 self._sessions.add(slot.proc.pid)
                 self._tell_started(slot, "standby" if isinstance(handler, RankHandler) else "fresh")
-            self._frozen, self.attached = False, True
+            self._begin()
 
     def several_hosts(self, fence_s: float) -> None:
         """This is one host of several: it ends with the job, and its ranks end after so long without a coordinator."""
@@ -153,7 +154,7 @@ class Supervisor:
         """A host without ranks of its own, until it is given some."""
         with self._lock:
             self.template = template
-            self._frozen, self.attached = False, True
+            self._begin()
             self._begin_watching()
 
     def view(self) -> View:
@@ -331,9 +332,18 @@ class Supervisor:
 
     def _obey(self, order: Any) -> None:
         with self._lock:
-            # One that comes while the ranks are being started counts as well: nobody says it twice.
+            # One that comes while the ranks are being started counts as well, a stop at once: nobody says it twice.
             if not self._frozen or order.WhichOneof("body") == "stop":
                 self._obey_locked(order)
+            elif not self.attached:
+                self._early.append(order)
+
+    def _begin(self) -> None:
+        """The ranks that this host begins with are known."""
+        self._frozen, self.attached = False, True
+        early, self._early = self._early, []
+        for order in early:
+            self.on_order(order)
 
     def _obey_locked(self, order: Any) -> None:
         match order.WhichOneof("body"):

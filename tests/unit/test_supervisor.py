@@ -31,11 +31,18 @@ def test_a_stop_counts_although_no_rank_is_there_yet(code: int, kind: type[Holdf
     assert "host b: no folder" in str(stop)
 
 
-def test_other_orders_before_the_ranks_are_there_are_nobodys() -> None:
+def test_other_orders_wait_for_the_ranks_and_come_in_their_order() -> None:
     supervisor, _, _ = starting()
-    supervisor.on_order(pb.AgentOrder(done=pb.JobDone()))
-    assert supervisor.view().stop is None
-    assert not supervisor.view().good
+    heard: list[str] = []
+    supervisor.on_topology = heard.append
+    for text in ("one", "two"):
+        supervisor.on_order(pb.AgentOrder(topology=pb.Topology(json=text)))
+    assert heard == []
+    supervisor.attach({}, [], {}, 0)
+    assert heard == ["one", "two"]
+    supervisor.freeze()
+    supervisor.on_order(pb.AgentOrder(topology=pb.Topology(json="after the end")))
+    assert heard == ["one", "two"]
 
 
 def test_a_host_that_refuses_ends_when_it_is_told_to_with_its_own_reason() -> None:
