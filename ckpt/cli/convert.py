@@ -25,7 +25,7 @@ from .source import open_reader
 TO: Final = """\
 targets of --to:
   holdfast                          our format (convert's default)
-  deepspeed:zero1|zero2|zero3,dp=N  DeepSpeed's native files for N data-parallel ranks
+  deepspeed:zero1|zero2|zero3,dp=N  DeepSpeed's native files for N data-parallel ranks; ,tp=M: times M tensor-parallel
   deepspeed-universal               DeepSpeed's universal folder, for load_universal
   dcp:dp=N   fsdp2:dp=N             PyTorch distributed checkpoint
   hf[:dtype=BF16]                   Hugging Face folder: weights only

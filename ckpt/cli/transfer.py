@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import ITEM_BYTES
+from ..universal.copies import agree
 from ..universal.disk import Disk, Unsynced
 from ..universal.errors import UsageError
 from ..universal.files import block
@@ -61,11 +62,13 @@ def run(reader: Reader, job: Job, arguments: argparse.Namespace, console: Consol
     done = Done()
     with console.progress(console.verb, found.bytes_read, lambda: reader.bytes_read):
         if kind == OURS:
+            agree(reader, allow_lossy=arguments.allow_lossy)
             write_ours(reader, job, arguments, jobs, done)
         else:
             from ..formats.registry import write_as
 
-            write_as(job.spec, Presented(reader), job.target, disk=disk_of(arguments), **job.more)
+            lossy = bool(arguments.allow_lossy)
+            write_as(job.spec, Presented(reader), job.target, allow_lossy=lossy, disk=disk_of(arguments), **job.more)
     written = {"bytes_written": done.bytes_written} if kind == OURS else {}
     value = {"path": str(job.target), **found.as_json(), "bytes_read": reader.bytes_read, **written}
     lost = [f"left out: {loss}" for loss in found.losses]

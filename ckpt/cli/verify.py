@@ -157,7 +157,8 @@ def describe(finding: Finding) -> str:
 def _lines(path: Path, mode: str, found: list[Finding], read: int, *, proven: bool) -> list[str]:
     if found:
         count = f"{len(found)} fault{'s' if len(found) > 1 else ''}"
-        hint = "; next: `holdfast ckpt repair` rebuilds chunks from copies" if code_of(found) == 2 else ""
+        broken = any(finding.kind != "copies" for finding in found)
+        hint = "; next: `holdfast ckpt repair` rebuilds chunks from copies" if code_of(found) == 2 and broken else ""
         return [*(describe(finding) for finding in found), f"{path}: {count}{hint}"]
     how = {"quick": "structure", "sample": f"structure and {human(read)}", "full": f"all {human(read)}"}[mode]
     return [f"{path}: ok ({how if proven or mode == 'quick' else 'structure; no digests'})"]

@@ -34,6 +34,8 @@ class Builder:
     steps: dict[str, int | float] = field(default_factory=dict)
     hyper: dict[int, dict[str, Any]] = field(default_factory=dict)
     members: dict[int, dict[str, None]] = field(default_factory=dict)
+    repeated: dict[tuple[str, str], list[Slab]] = field(default_factory=dict)
+    """Slabs of what other slabs hold already, and which should have the same bytes."""
 
     def add(
         self, name: str, state: str, dtype: str, shape: tuple[int, ...], slab: Slab | None, *, role: Role = "param"
@@ -108,6 +110,7 @@ class Builder:
             steps=self.steps,
             metadata=metadata,
             completeness=completeness,
+            copies={key: tuple(slabs) for key, slabs in self.repeated.items()},
         )
         validate(found)
         return found

@@ -48,6 +48,11 @@ class Files:
         return max(ranks, default=-1) + 1
 
     @property
+    def layers_tp(self) -> int:
+        """Tensor-parallel ranks that pipeline layers have files of."""
+        return max((tp for _, tp in self.layers), default=-1) + 1
+
+    @property
     def dp(self) -> int:
         return max((dp for dp, _ in [*self.model3, *self.optim]), default=-1) + 1
 
@@ -131,10 +136,14 @@ def grid(have: set[tuple[int, int]], ranks: list[tuple[int, int]]) -> str:
     return "\n".join(lines)
 
 
-def check_layers(files: Files, layers: set[int], experts: dict[int, int]) -> None:
-    """Raise IncompleteError unless every pipeline layer and expert that the parameters speak of has its file."""
-    have = {layer for layer, _ in files.layers}
-    missing = [f"layer_{layer:02d}-model_states.pt" for layer in sorted(layers - have)]
+def check_layers(files: Files, layers: set[int], experts: dict[int, int], tp: int = 0) -> None:
+    """Raise IncompleteError unless every pipeline layer and expert that the parameters speak of has its file.
+
+    Of layers: tensor-parallel rank `tp`'s.
+    """
+    have = {layer for layer, rank in files.layers if rank == tp}
+    rank = f"-model_{tp:02d}" if files.layers_tp > 1 else ""
+    missing = [f"layer_{layer:02d}{rank}-model_states.pt" for layer in sorted(layers - have)]
     have_experts = {(layer, expert) for layer, expert, _ in files.experts}
     for layer, count in sorted(experts.items()):
         missing += [

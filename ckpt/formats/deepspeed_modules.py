@@ -31,12 +31,40 @@ def shapes_of(model: Mapping[str, Any], file: str) -> list[dict[str, tuple[int, 
         groups = [groups]
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
         raise CorruptError("a model_states file without param_shapes", file=file)
-    found = [{str(name): tuple(shape) for name, shape in group.items()} for group in groups]
-    for group in found:
-        for name, shape in group.items():
-            if not is_counts(shape):
-                raise CorruptError("a parameter of an impossible shape", file=file, name=name)
+    return [_checked(group, file) for group in groups]
+
+
+def _checked(group: Mapping[Any, Any], file: str) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for name, shape in group.items():
+        if not isinstance(shape, (tuple, list)) or not is_counts(tuple(shape)):
+            raise CorruptError("a parameter of an impossible shape", file=file, name=name)
+        found[str(name)] = tuple(shape)
     return found
+
+
+def buffers_of(model: Mapping[str, Any], file: str) -> set[str]:
+    """buffer_names."""
+    names = model.get("buffer_names") or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise CorruptError("names of buffers that are no list of texts", file=file)
+    return set(names)
+
+
+def shared_of(model: Mapping[str, Any], file: str) -> dict[str, str]:
+    """shared_params: tied parameters, alias -> the name that owns them."""
+    shared = model.get("shared_params") or {}
+    if not isinstance(shared, dict):
+        raise CorruptError("shared parameters that are no dictionary", file=file)
+    return {str(alias): str(owner) for alias, owner in shared.items()}
+
+
+def frozen_shapes(model: Mapping[str, Any], file: str) -> dict[str, tuple[int, ...]]:
+    """frozen_param_shapes, where they are listed: not by ZeRO-1."""
+    frozen = model.get("frozen_param_shapes") or {}
+    if not isinstance(frozen, dict):
+        raise CorruptError("frozen parameters that are no dictionary", file=file)
+    return _checked(frozen, file)
 
 
 def add_module(builder: Builder, model: Mapping[str, Any], file: str, *, only_buffers: bool = False) -> None:
@@ -46,45 +74,50 @@ def add_module(builder: Builder, model: Mapping[str, Any], file: str, *, only_bu
         return
     if not isinstance(module, dict):
         raise CorruptError("a model_states file whose module is no dictionary", file=file)
-    buffers = set(model.get("buffer_names") or ())
-    frozen = set(model.get("frozen_param_shapes") or ())
-    shared = model.get("shared_params") or {}
+    buffers = buffers_of(model, file)
+    frozen = set(frozen_shapes(model, file))
+    # ZeRO-1 lists frozen parameters nowhere; ZeRO-0 lists none at all.
+    trained = {n for group in shapes_of(model, file) for n in group} if model.get("param_shapes") else module.keys()
+    shared = shared_of(model, file)
     for name, tensor in module.items():
         if not isinstance(tensor, Stored) or name in shared or (only_buffers and name not in buffers):
             continue
         if name in buffers:
             builder.whole(name, "buffer", tensor, role="buffer")
         else:
-            builder.whole(name, "weight", tensor, role="frozen" if name in frozen else "param")
+            builder.whole(name, "weight", tensor, role="param" if name in trained - frozen else "frozen")
 
 
 def add_frozen_slices(builder: Builder, model: Mapping[str, Any], rank: int, world: int, file: str) -> None:
     """ZeRO-3: this rank's slice of each frozen parameter."""
     fragments = model.get("frozen_param_fragments") or {}
-    for name, shape in (model.get("frozen_param_shapes") or {}).items():
+    for name, shape in frozen_shapes(model, file).items():
         tensor = fragments.get(name)
-        if not isinstance(tensor, Stored) or not is_counts(tuple(shape)):
+        if not isinstance(tensor, Stored):
             raise CorruptError("a frozen parameter without its slice", file=file, name=name)
         elements = math.prod(shape)
         share = -(-elements // world)
         start = min(rank * share, elements)
         stop = min(start + share, elements)
-        builder.add(name, "weight", tensor.dtype, tuple(shape), tensor.flat_slab(start, stop, 0), role="frozen")
+        builder.add(name, "weight", tensor.dtype, shape, tensor.flat_slab(start, stop, 0), role="frozen")
 
 
-def add_layers(builder: Builder, root: Path, files: Files, stages: Sequence[Sequence[Shapes]]) -> dict[str, str]:
+def add_layers(
+    builder: Builder, root: Path, files: Files, stages: Sequence[Sequence[Shapes]], tp: int = 0
+) -> dict[str, str]:
     """Pipeline layers: "3.up.weight" is "up.weight" of layer_03; tied modules are told by names and shapes.
 
-    Returns the prefix of each layer, as far as it is known.
+    `stages`: shapes on tensor-parallel rank `tp`, whose files are read. Returns the prefix of each layer, as far as it
+    is known.
     """
     shapes = {name: shape for stage in stages for group in stage for name, shape in group.items()}
     numbered = {int(name.split(".", 1)[0]) for name in shapes if name.split(".", 1)[0].isdigit()}
     if not files.layers:
         return {}
     prefixes: dict[str, str] = {}
-    check_layers(files, numbered, {})
+    check_layers(files, numbered, {}, tp)
     tied = _tied(shapes)
-    for (layer, _), file in sorted(files.layers.items()):
+    for (layer, _), file in sorted(item for item in files.layers.items() if item[0][1] == tp):
         tensors = read_torch(root, file)
         if not isinstance(tensors, dict):
             raise CorruptError("not a layer's file", file=file)

@@ -19,9 +19,9 @@ from typing import Any, Final
 from ..universal.errors import CorruptError, IncompleteError, MappingError, UsageError
 from ..universal.model import Checkpoint, Slab, Span, safe_path
 from .building import Builder
-from .deepspeed import NAMES, STATE, Found, Opened, finished
+from .deepspeed import NAMES, STATE, Found, Opened, finished, layers_of
 from .deepspeed_files import classify, listed, tag_in
-from .deepspeed_modules import add_frozen_slices, add_layers, add_module, shapes_of
+from .deepspeed_modules import add_frozen_slices, add_module, shapes_of
 from .torchzip import Stored, number, plain, read_torch
 
 ZERO: Final = "zero"
@@ -55,14 +55,24 @@ def open(path: Path) -> Checkpoint:
         raise CorruptError("not a model_states file of DeepSpeed", file=first)
     opened = Opened(root, files, main)
     stage3 = not files.model
+    missing = [
+        mp
+        for mp in range(opened.mp)
+        if (mp not in files.model and not stage3) or (stage3 and (0, mp) not in files.model3)
+    ]
+    if missing:
+        raise IncompleteError(f"model_states of {len(missing)} model-parallel ranks are missing", ranks=missing[:8])
     for rank in range(opened.mp):
-        file = first if rank == 0 else files.model[rank]
-        opened.models[rank] = main if rank == 0 else opened.read(file)
-        add_module(opened.builder, opened.models[rank], file, only_buffers=stage3)
+        file = files.model3[0, rank] if stage3 else files.model[rank]
+        opened.models[rank] = main if file == first else opened.read(file)
+    opened.understand()
+    for rank, model in opened.models.items():
+        file = files.model3[0, rank] if stage3 else files.model[rank]
+        add_module(opened.builders[rank], model, file, only_buffers=stage3)
     if stage3:
-        for rank, file in sorted((rank, file) for (rank, _), file in files.model3.items()):
-            add_frozen_slices(opened.builder, opened.read(file), rank, opened.dp, file)
-    opened.layers = add_layers(opened.builder, root, files, [shapes_of(m, "") for m in opened.models.values()])
+        for (rank, mp), file in sorted(files.model3.items()):
+            add_frozen_slices(opened.builders[mp], opened.read(file), rank, opened.dp, file)
+    opened.layers = layers_of(opened)
     found = _states(opened, read_torch(root, f"{ZERO}/{GLOBAL_STATE}", names=NAMES))
     return finished(opened, found, "deepspeed:universal")
 
@@ -80,7 +90,7 @@ def _states(opened: Opened, optimizer: Any) -> Found:
         owners = _owners(groups, len(shapes))
         for owner, group in zip(owners, shapes, strict=True):
             opened.builder.group(owner, groups[owner], list(group))
-            merged.update(group)
+            merged.update({name: opened.whole(name, shape) for name, shape in group.items()})
     missing = [name for name in merged if not (opened.root / ZERO / name / "fp32.pt").is_file()]
     if missing:
         raise IncompleteError(f"{len(missing)} of {len(merged)} parameters are missing", missing=missing[:8])

@@ -10,14 +10,17 @@ parameters; native files (deepspeed_write.py) have none of these limits. Invaria
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 from ..universal.disk import Disk
 from ..universal.errors import UsageError
-from ..universal.model import safe_path
+from ..universal.model import Checkpoint, safe_path
 from ..universal.read import Reader
 from .deepspeed_experts import LOCAL
 from .deepspeed_layout import Layout
+from .deepspeed_tp_rules import INFO, Rules
 from .deepspeed_universal import GLOBAL_STATE, LATEST, ZERO
 from .deepspeed_write import (
     SUB_GROUP,
@@ -31,7 +34,10 @@ from .deepspeed_write import (
     write_models3,
     write_models12,
 )
+from .inert import Global
+from .objects import unplain
 from .output import Folder
+from .pickling import Construct
 from .source import MASTER, master_of, value_of
 from .torch_file import hyper_of
 from .torchwrite import scalar, write_torch
@@ -53,6 +59,7 @@ def write(reader: Reader, target: Path, *, tag: str = "", dtype: str = "", disk:
     layout = Layout.of(checkpoint, dp=1, ep=1, sub_group=SUB_GROUP)
     with Folder(target, disk=disk) as folder:
         job = Job(reader, folder.folder(tag), folder.disk, 1, layout, weights_dtype(checkpoint, dtype))
+        hints = hints_of(checkpoint)
         write_models12(job)
         if not layout.layers:
             write_models3(job)
@@ -62,7 +69,7 @@ def write(reader: Reader, target: Path, *, tag: str = "", dtype: str = "", disk:
                 inner = folder.folder(f"{tag}/{ZERO}/{name}")
                 own = {MASTER: master_of(checkpoint, name).state, **{state: state for state in states}}
                 for file, state in own.items():
-                    atom = {"cat_dim": 0, "param": job.tensor(name, state)}
+                    atom = {**hints(name, job.tensor(name, state).shape), "param": job.tensor(name, state)}
                     write_torch(inner / f"{file}.pt", atom, disk=job.disk)
                 if at is not None:
                     write_torch(inner / "step.pt", scalar(at), disk=job.disk)
@@ -76,6 +83,25 @@ def write(reader: Reader, target: Path, *, tag: str = "", dtype: str = "", disk:
 
 
 FLOATS = ("BF16", "F16", "F64")
+SUB_PARAMS: Final = Global("deepspeed.checkpoint.universal_checkpoint", "SubparamShape")
+
+
+def hints_of(checkpoint: Checkpoint) -> Callable[[str, tuple[int, ...]], dict[str, Any]]:
+    """What the folder says of a parameter of a name and shape, for a job that splits it over tensor-parallel ranks."""
+    info = (checkpoint.metadata.get("client") or {}).get(INFO)
+    mesh = (checkpoint.metadata.get("source") or {}).get("mesh") or {}
+    if not isinstance(info, dict) or int(mesh.get("tp") or 1) == 1:
+        return lambda name, shape: {"cat_dim": 0}
+    rules = Rules(unplain(info))
+
+    def hints(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        found = rules.hints(name, shape)
+        if "sub_param_shape" in found:
+            state = {"patterns": [name], "shape": found["sub_param_shape"], "partition_dim": found.pop("partition_dim")}
+            found["sub_param_shape"] = Construct(SUB_PARAMS, (), state, new=True)
+        return found
+
+    return hints
 
 
 def _global_state(job: Job, folder: Path) -> None:

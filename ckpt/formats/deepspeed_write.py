@@ -24,6 +24,7 @@ from ..universal.model import Checkpoint, safe_path
 from ..universal.read import Reader
 from .deepspeed_experts import LOCAL
 from .deepspeed_layout import Layout, flat_group, shard_group
+from .deepspeed_tp_rules import INFO, info_for
 from .inert import Global
 from .objects import unplain
 from .output import Folder
@@ -52,6 +53,13 @@ class Job:
     layout: Layout
     dtype: str
     """Of the model's own weights."""
+    tp: int = 1
+    rank: int = 0
+    """Tensor-parallel rank; `reader` is of its parts."""
+
+    def mp(self, stage: int) -> int:
+        """The model-parallel rank of a pipeline stage."""
+        return stage * self.tp + self.rank
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -72,13 +80,17 @@ def write(
     *,
     variant: str = "zero1",
     dp: int = 0,
+    tp: int = 0,
     ep: int = 0,
     dtype: str = "",
     tag: str = "",
     sub_group: int = 0,
     disk: Disk | None = None,
 ) -> None:
-    """Files for `dp` data-parallel ranks (default: as many as the source had). `dtype`: of the weights."""
+    """Files for `dp` data-parallel and `tp` tensor-parallel ranks (default: as many as the source had).
+
+    `dtype`: of the weights.
+    """
     checkpoint = reader.checkpoint
     if not checkpoint.groups:
         raise UsageError("no optimizer groups in the source: load plain weights with the model's own loader instead")
@@ -89,17 +101,33 @@ def write(
     stage = int(variant.removeprefix("zero"))
     if stage == 3 and any(LOCAL.fullmatch(name) for group in checkpoint.groups for name in group.params):
         raise UsageError("DeepSpeed does not load experts under ZeRO-3: choose zero1 or zero2")
-    layout = Layout.of(checkpoint, dp=dp or int(mesh.get("dp") or 1), ep=ep, sub_group=sub_group)
+    dp, tp = dp or int(mesh.get("dp") or 1), tp or int(mesh.get("tp") or 1)
+    parts = parts_of(reader, tp)
     tag = tag or f"global_step{steps_done(checkpoint)}"
     if not safe_path(tag) or "/" in tag:
         raise UsageError("not a name for a tag", tag=tag)
     with Folder(target, disk=disk) as folder:
-        job = Job(reader, folder.folder(tag), folder.disk, stage, layout, weights_dtype(checkpoint, dtype))
-        if stage == 3:
-            write_zero3(job)
-        else:
-            write_zero12(job)
+        for rank, part in enumerate(parts):
+            layout = Layout.of(part.checkpoint, dp=dp, ep=ep, sub_group=sub_group)
+            if tp > 1 and layout.experts:
+                raise UsageError("experts on tensor-parallel ranks are not written: leave tp out", tp=tp)
+            dtype = weights_dtype(checkpoint, dtype)
+            job = Job(part, folder.folder(tag), folder.disk, stage, layout, dtype, tp, rank)
+            if stage == 3:
+                write_zero3(job)
+            else:
+                write_zero12(job)
         folder.text("latest", tag)
+
+
+def parts_of(reader: Reader, tp: int) -> list[Reader]:
+    """What each of `tp` tensor-parallel ranks is to have."""
+    if tp == 1:
+        return [reader]
+    from .deepspeed_tp import Part, divided
+
+    splits = divided(reader.checkpoint, tp)
+    return [Part(reader, splits, rank) for rank in range(tp)]
 
 
 def steps_done(checkpoint: Checkpoint) -> int:
@@ -145,13 +173,23 @@ def common_of(job: Job) -> dict[str, Any]:
         "global_steps": steps_done(job.checkpoint),
         "global_samples": trainer.get("global_samples") or 0,
         "dp_world_size": job.layout.dp,
-        "mp_world_size": job.layout.pp,
-        "checkpoint_parallel_dimensions": {"pp_degree": job.layout.pp, "tp_degree": 1},
+        "mp_world_size": job.layout.pp * job.tp,
+        "checkpoint_parallel_dimensions": {"pp_degree": job.layout.pp, "tp_degree": job.tp},
         "ds_config": config_of(job),
         "ds_version": WRITTEN_AS,
         **({"num_experts": job.layout.num_experts} if job.layout.num_experts else {}),
-        **unplain(metadata.get("client") or {}, job.reader),
+        **client_of(job),
     }
+
+
+def client_of(job: Job) -> dict[str, Any]:
+    """What the job gave to save_checkpoint; how parameters are split, for the ranks that are written."""
+    client = job.checkpoint.metadata.get("client") or {}
+    found: dict[str, Any] = unplain(client, job.reader)
+    if isinstance(client.get(INFO), dict):
+        mesh = (job.checkpoint.metadata.get("source") or {}).get("mesh") or {}
+        found[INFO] = info_for(found[INFO], job.tp, int(mesh.get("tp") or 1))
+    return found
 
 
 def config_of(job: Job) -> dict[str, Any]:
@@ -194,11 +232,12 @@ def write_models12(job: Job) -> None:
             "frozen_param_shapes": common["frozen_param_shapes"] if module else None,
             "frozen_param_fragments": frozen,
         }
-        write_torch(job.folder / f"mp_rank_{stage:02d}_model_states.pt", value, disk=job.disk)
+        write_torch(job.folder / f"mp_rank_{job.mp(stage):02d}_model_states.pt", value, disk=job.disk)
     for layer, prefix in layout.layers.items():
         names = dict.fromkeys(n for n, _ in job.checkpoint.states if n.startswith(prefix))
         tensors = Ordered({n.removeprefix(prefix): weight_of(job, n) for n in names})
-        write_torch(job.folder / f"layer_{int(layer):02d}-model_states.pt", tensors, disk=job.disk)
+        rank = f"-model_{job.rank:02d}" if job.tp > 1 else ""
+        write_torch(job.folder / f"layer_{int(layer):02d}{rank}-model_states.pt", tensors, disk=job.disk)
     for index, experts in enumerate(layout.experts.values()):
         for expert, names_ in experts.items():
             file = f"layer_{index}_expert_{expert}_mp_rank_00_model_states.pt"
@@ -209,7 +248,7 @@ def write_zero12(job: Job) -> None:
     write_models12(job)
     for stage in range(job.layout.pp):
         for rank in range(job.layout.dp):
-            name = f"{job.prefix}zero_pp_rank_{rank}_mp_rank_{stage:02d}_optim_states.pt"
+            name = f"{job.prefix}zero_pp_rank_{rank}_mp_rank_{job.mp(stage):02d}_optim_states.pt"
             write_torch(job.folder / name, _optim12(job, stage, rank), disk=job.disk)
 
 
@@ -288,7 +327,7 @@ def _optim12(job: Job, stage: int, rank: int) -> dict[str, Any]:
 
 
 def write_models3(job: Job) -> None:
-    """zero_pp_rank_D_mp_rank_00_model_states.pt: placeholders, buffers, and slices of frozen parameters."""
+    """zero_pp_rank_D_mp_rank_MM_model_states.pt: placeholders, buffers, and slices of frozen parameters."""
     layout, checkpoint = job.layout, job.checkpoint
     common = common_of(job)
     module = Ordered()
@@ -304,7 +343,8 @@ def write_models3(job: Job) -> None:
             shard = shard_group([name], [math.prod(value_of(checkpoint, name).shape)], layout.dp, rank)
             slices[name] = shard.tensor(job.reader, [name], "weight", dtype=job.dtype)
         model = {"module": module, **common, "param_shapes": shapes, "frozen_param_fragments": slices}
-        write_torch(job.folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", model, disk=job.disk)
+        name = f"zero_pp_rank_{rank}_mp_rank_{job.mp(0):02d}_model_states.pt"
+        write_torch(job.folder / name, model, disk=job.disk)
 
 
 def write_zero3(job: Job) -> None:
@@ -312,7 +352,7 @@ def write_zero3(job: Job) -> None:
         raise UsageError("DeepSpeed has no pipeline under ZeRO-3: choose zero1")
     write_models3(job)
     for rank in range(job.layout.dp):
-        name = f"{job.prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        name = f"{job.prefix}zero_pp_rank_{rank}_mp_rank_{job.mp(0):02d}_optim_states.pt"
         write_torch(job.folder / name, _optim3(job, rank), disk=job.disk)
 
 

@@ -103,8 +103,8 @@ TARGETS: Final[Mapping[str, Kind]] = {
     "deepspeed": Kind(
         _late("deepspeed_write", "write"),
         ("zero1", "zero2", "zero3"),
-        {"dp": int, "ep": int, "dtype": str, "tag": str, "sub_group": int},
-        "native files for dp ranks",
+        {"dp": int, "tp": int, "ep": int, "dtype": str, "tag": str, "sub_group": int},
+        "native files for dp x tp ranks",
     ),
     "deepspeed-universal": Kind(
         _late("deepspeed_universal_write", "write"), ("",), {"tag": str}, "folder for load_universal"
@@ -150,11 +150,15 @@ def _value(name: str, text: str, kind: type) -> Any:
     raise UsageError("an option of the wrong kind", option=name, value=text, wanted=kind.__name__)
 
 
-def write_as(target: str | Target, reader: Reader, path: Path | str, **more: Any) -> None:
+def write_as(target: str | Target, reader: Reader, path: Path | str, *, allow_lossy: bool = False, **more: Any) -> None:
     """Write what `reader` reads to `path`, natively. Nothing is at `path` unless all of it is.
 
     `more` goes to the format's writer (such as `disk`). Our own format has its own Writer, in ckpt/universal.
+    Raises LossyError if the source has copies that differ, but for `allow_lossy`.
     """
+    from ..universal.copies import agree  # which opening a checkpoint does not need
+
+    agree(reader, allow_lossy=allow_lossy)
     wanted = parse_target(target) if isinstance(target, str) else target
     options = {**wanted.options, **more}
     if wanted.variant:

@@ -16,6 +16,7 @@ from typing import Final
 
 from ..dtypes import ITEM_BYTES
 from ..universal.errors import IncompleteError, LossyError, UsageError
+from ..universal.geometry import pieces_of
 from ..universal.model import Box, Checkpoint, TensorState
 from ..universal.read import Reader
 
@@ -50,25 +51,6 @@ def box_stream(reader: Reader, name: str, state: str, box: Box) -> Iterator[memo
         piece = memoryview(bytearray(size * item))
         reader.read(name, state, part, piece)
         yield piece
-
-
-def pieces_of(box: Box, elements_max: int) -> Iterator[Box]:
-    """The box cut, in row-major order, into boxes of at most `elements_max` where its last dimension allows it."""
-    if any(start >= stop for start, stop in box):
-        return
-    if not box or math.prod(stop - start for start, stop in box) <= elements_max:
-        yield box
-        return
-    (first, last), rest = box[0], box[1:]
-    row = math.prod(stop - start for start, stop in rest)
-    if row > elements_max:
-        for index in range(first, last):
-            for part in pieces_of(rest, elements_max):
-                yield ((index, index + 1), *part)
-        return
-    rows = elements_max // row
-    for low in range(first, last, rows):
-        yield ((low, min(low + rows, last)), *rest)
 
 
 def zeros(nbytes: int) -> Iterator[bytes]:

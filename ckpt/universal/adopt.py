@@ -53,6 +53,12 @@ def adopt(
     if os.path.lexists(target):
         raise UsageError("the target is there already: choose another name, or remove it", target=str(target))
     validate(checkpoint)
+    if checkpoint.copies:  # which a manifest does not list
+        from .copies import agree
+        from .read import Reader
+
+        with Reader(checkpoint) as reader:
+            agree(reader)
     files = Files(root, links=True)
     try:
         states, facts = _facts(checkpoint, files, digests=digests, jobs=jobs, progress=progress)

@@ -79,6 +79,25 @@ def boxes_of_flat(flat: Flat, shape: Sequence[int]) -> list[Box]:
     return found + (in_row(last, 0, taken) if taken else [])
 
 
+def pieces_of(box: Box, elements_max: int) -> Iterator[Box]:
+    """The box cut, in row-major order, into boxes of at most `elements_max` where its last dimension allows it."""
+    if any(start >= stop for start, stop in box):
+        return
+    if not box or math.prod(stop - start for start, stop in box) <= elements_max:
+        yield box
+        return
+    (first, last), rest = box[0], box[1:]
+    row = math.prod(stop - start for start, stop in rest)
+    if row > elements_max:
+        for index in range(first, last):
+            for part in pieces_of(rest, elements_max):
+                yield ((index, index + 1), *part)
+        return
+    rows = elements_max // row
+    for low in range(first, last, rows):
+        yield ((low, min(low + rows, last)), *rest)
+
+
 def is_flat(region: Region) -> bool:
     """Whether a region is a flat range and not a box."""
     return len(region) == 2 and isinstance(region[0], int)

@@ -258,6 +258,9 @@ class Checkpoint:
     """JSON values: trainer, scheduler, scaler, data, rng, source {framework, version, mesh}, ..."""
     completeness: Mapping[str, Kept] = field(default_factory=dict)
     """For "rng", "data", "scheduler", "optimizer": whether it came over exactly, remapped, or not at all."""
+    copies: Mapping[tuple[str, str], tuple[Slab, ...]] = field(default_factory=dict)
+    """Slabs beside those of `states`, of what these hold too: replicas that tensor-parallel ranks keep. Theirs is the
+    say only if they agree: copies.py compares them."""
     opaque: Mapping[str, Span] = field(default_factory=dict)
     """What could not be understood, kept as bytes and never executed."""
     id: str = ""

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from ..threads import threads
+from .copies import differing
 from .errors import CheckpointError, CorruptError
 from .files import Files, probe
 from .journal import FILE_NAME as JOURNAL
 from .manifest import COMMIT, MANIFEST
 from .model import Checkpoint, FileFacts, Slab, TensorState, validate
 from .open import check_file, load
+from .read import Reader
 from .scan import gaps, rest_digest, scan
 from .stheader import read_header
 
@@ -50,7 +52,7 @@ class Finding:
     state: str
     """The tensor whose bytes these are; "" if none."""
     kind: str
-    """missing, size, digest, structure, unexpected."""
+    """missing, size, digest, structure, unexpected, copies."""
     message: str
 
 
@@ -82,8 +84,20 @@ def verify(
         except CheckpointError as error:
             findings.append(_from_error(error, ""))
     findings += _Pass(checkpoint, mode, progress, jobs).run()
+    if mode == "full" and checkpoint.copies and not findings:
+        findings += _copies(checkpoint)
     # A broken metadata file is found by load() and again by its digest.
     return sorted({(f.file, f.start, f.stop, f.name, f.state): f for f in findings}.values())
+
+
+def _copies(checkpoint: Checkpoint) -> list[Finding]:
+    """Replicas of a parameter that have drifted apart."""
+    message = "differs from the first rank's copy of the same parameter"
+    with Reader(checkpoint, verify=False) as reader:
+        return [
+            Finding(slab.span.file, slab.span.offset, slab.span.stop, tensor.name, tensor.state, "copies", message)
+            for tensor, slab in differing(reader)
+        ]
 
 
 def _from_error(error: CheckpointError, file: str) -> Finding:

@@ -44,6 +44,18 @@ class Lab:
     def deepspeed(self, world: int, **options: Any) -> dict[str, Any]:
         return self._run("deepspeed_run.py", world, {"model": "plain", "dtype": "bf16", "steps": 6, **options})
 
+    def autotp(self, world: int, **options: Any) -> dict[str, Any]:
+        return self._run("autotp_run.py", world, {"tp": 2, "steps": 6, **options})
+
+    def to_universal(self, folder: Path, to: Path) -> None:
+        """DeepSpeed's own converter; a strict one takes the patterns of frozen parameters for mistakes."""
+        tag = (folder / "latest").read_text().strip()
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(folder / tag)]
+        command += ["--output_folder", str(to / tag), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+        command += ["--no_strict"]
+        subprocess.run(command, env=_environment(), check=True, stdin=subprocess.DEVNULL, timeout=RUN_S)
+        (to / "latest_universal").write_text(tag)
+
     def fsdp(self, world: int, **options: Any) -> dict[str, Any]:
         return self._run("fsdp_run.py", world, {"steps": 6, **options})
 

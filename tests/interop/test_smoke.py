@@ -1,8 +1,8 @@
 """The short half of the interoperability tests, for every change: out of each framework, into our format, and back.
 
     DeepSpeed ZeRO-1, 2, 3 ─┐                                       ┌─▶ the framework loads it: the same bits, steps
-    FSDP2 with DCP ─────────┴─▶ our format on disk, verified ───────┼─▶ and groups, and trains on with the same losses
-                                                                    └─▶ every other layout: the same bits
+    AutoTP on two ranks ────┼─▶ our format on disk, verified ───────┼─▶ and groups, and trains on with the same losses
+    FSDP2 with DCP ─────────┘                                       └─▶ every other layout: the same bits
 
 make interop-smoke; the long half (make test-interop) has other worlds, models and layouts. Names say what is compared
 with what: the losses of the run that was never interrupted, digit for digit.
@@ -84,6 +84,49 @@ def test_every_layout_holds_the_bits_that_deepspeed_held(lab: Any, stage: int, t
     assert ckpt(["export", str(tmp_path / "ours"), str(tmp_path / "hf"), "--masters"]) == 0
     exported = load(tmp_path / "hf")
     assert all(torch.equal(states["fp32"], exported[name]) for name, states in held.items())
+
+
+def tensor_parallel(lab: Any, stage: int) -> tuple[Path, dict[str, Any]]:
+    """What DeepSpeed's AutoTP saved on two ranks at step 3 of 6, and what it reported."""
+    found: tuple[Path, dict[str, Any]] = lab.once(
+        f"smoke-tp-zero{stage}", lambda at: lab.autotp(2, stage=stage, save={"3": at})
+    )
+    return found
+
+
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_parts_of_tensor_parallel_ranks_are_put_together_as_deepspeeds_own_converter_does(
+    lab: Any, stage: int, tmp_path: Path
+) -> None:
+    folder, _ = tensor_parallel(lab, stage)
+    lab.to_universal(folder, tmp_path)
+    theirs, ours = open_any(tmp_path), open_any(folder)
+    assert ours.metadata["source"]["mesh"] == {"dp": 1, "pp": 1, "tp": 2}
+    for state in ("fp32", "exp_avg", "exp_avg_sq"):
+        one, other = load(folder, state=state), load(tmp_path, state=state)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert ours.groups == theirs.groups
+    assert ours.steps == theirs.steps
+
+
+@pytest.mark.usefixtures("deepspeed")
+@pytest.mark.parametrize(
+    ("stage", "target", "options"),
+    [
+        (1, "deepspeed:zero1,dp=1,tp=2", {}),
+        (3, "deepspeed:zero3,dp=1,tp=2", {}),
+        (1, "deepspeed-universal", {"universal": True}),
+    ],
+)
+def test_tensor_parallel_ranks_go_on_from_what_went_through_our_format(
+    lab: Any, stage: int, target: str, options: dict[str, Any]
+) -> None:
+    folder, report = tensor_parallel(lab, stage)
+    ours = there_and_back(lab, f"smoke-tp-{stage}-{len(options)}", folder, target)
+    found = lab.autotp(2, stage=stage, load=ours, **options)
+    assert found["losses"] == {step: report["losses"][step] for step in (3, 4, 5)}
 
 
 def test_fsdp2_goes_on_from_what_went_through_our_format(lab: Any) -> None:
