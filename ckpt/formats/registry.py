@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..collecting import uncollected
-from ..universal.errors import UsageError
+from ..universal.errors import CorruptError, UsageError
 from ..universal.model import Box, Checkpoint
 from ..universal.open import is_ours, open_checkpoint
 
@@ -67,7 +67,13 @@ def open_any(path: Path | str, wanted: Wanted | None = None) -> Checkpoint:
         raise UsageError("no such file or folder", path=str(path))
     for name, knows, opens in FORMATS:
         if knows(path):
-            return opens(path, wanted) if name == "dcp" else opens(path)
+            try:
+                return opens(path, wanted) if name == "dcp" else opens(path)
+            except (TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
+                # A list where all writers put a dictionary: readers check what they count on, this is for the rest.
+                raise CorruptError(
+                    f"a structure that no writer of {name} leaves: {type(error).__name__}: {error}", path=str(path)
+                ) from error
     raise UsageError("not a checkpoint of a format known here", path=str(path), known=[name for name, *_ in FORMATS])
 
 

@@ -285,12 +285,16 @@ def test_contradictory_input_is_refused(slots: list[SlotInfo], hosts: list[HostI
 
 
 def test_the_largest_layout_is_quick_and_small() -> None:
-    spent = []
+    """Beside a loop that does nothing but count, in turns: machines differ, and one is not the same all day."""
+    spent, counted = [], []
     for _ in range(5):
         start = time.thread_time()
         placement = layout(128, 12, 4, per_host=8)
-        spent.append(time.thread_time() - start)
-    assert min(spent) < 0.15, "25 ms on the machine it was written on; this only finds what got slower by far"
+        between = time.thread_time()
+        sum(i * i % 7 for i in range(200_000))
+        spent.append(between - start)
+        counted.append(time.thread_time() - between)
+    assert min(spent) < 25 * min(counted), "5 times as long where it was written: this finds what got slower by far"
     assert len(placement.to_json()) < 256 << 10
 
 
