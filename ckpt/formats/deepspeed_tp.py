@@ -21,7 +21,8 @@ from ..universal.read import Reader
 from ..universal.view import View
 from .building import Builder
 from .deepspeed_modules import buffers_of, frozen_shapes, shapes_of, shared_of
-from .deepspeed_tp_rules import INFO, Piece, Rules, Shape, Split, within
+from .deepspeed_tp_rules import Rules
+from .deepspeed_tp_split import INFO, Piece, Shape, Split, within
 from .objects import unplain
 from .torchzip import Stored
 

@@ -20,7 +20,8 @@ from ..universal.model import Checkpoint, safe_path
 from ..universal.read import Reader
 from .deepspeed_experts import LOCAL
 from .deepspeed_layout import Layout
-from .deepspeed_tp_rules import INFO, Rules
+from .deepspeed_tp_rules import Rules
+from .deepspeed_tp_split import INFO
 from .deepspeed_universal import GLOBAL_STATE, LATEST, ZERO
 from .deepspeed_write import (
     SUB_GROUP,

@@ -24,7 +24,8 @@ from ..universal.model import Checkpoint, safe_path
 from ..universal.read import Reader
 from .deepspeed_experts import LOCAL
 from .deepspeed_layout import Layout, flat_group, shard_group
-from .deepspeed_tp_rules import INFO, info_for
+from .deepspeed_tp_rules import info_for
+from .deepspeed_tp_split import INFO
 from .inert import Global
 from .objects import unplain
 from .output import Folder
@@ -187,8 +188,10 @@ def client_of(job: Job) -> dict[str, Any]:
     client = job.checkpoint.metadata.get("client") or {}
     found: dict[str, Any] = unplain(client, job.reader)
     if isinstance(client.get(INFO), dict):
-        mesh = (job.checkpoint.metadata.get("source") or {}).get("mesh") or {}
-        found[INFO] = info_for(found[INFO], job.tp, int(mesh.get("tp") or 1))
+        source = job.checkpoint.metadata.get("source") or {}
+        names = [tensor.name for tensor in job.checkpoint.states.values() if tensor.role in ("param", "frozen")]
+        source_tp = int((source.get("mesh") or {}).get("tp") or 1)
+        found[INFO] = info_for(found[INFO], job.tp, source_tp, names, source.get("kept") or {})
     return found
 
 

@@ -106,6 +106,32 @@ def test_a_map_that_no_category_describes_holds_for_its_own_ranks_only() -> None
         rules.divide("w", (8, 2), 4)
 
 
+def test_what_only_a_map_describes_is_not_split_by_a_pattern_once_the_map_is_gone(
+    tmp_path: Path, source: Reader
+) -> None:
+    """Two ranks, one rank, two ranks: the map is for two, and one rank's folder has none."""
+    blocks = [
+        {"shape": [6, 5], "source": [30 * (r + 2 * i), [5, 1]], "dest": [30 * i, [5, 1]], "locations": [r]}
+        for r in range(2)
+        for i in range(2)
+    ]
+    ranks = {r: {"shard_shape": [12, 5], "pieces": blocks[2 * r : 2 * r + 2]} for r in range(2)}
+    maps = {"version": 1, "params": {"^embed\\.weight$": {"logical_shape": [24, 5], "ranks": ranks}}}
+    write_as("deepspeed:zero1,dp=1,tp=2", source, tmp_path / "two")
+    for r in range(2):
+        name = f"mp_rank_0{r}_model_states.pt"
+        info = {**INFO, "affine_map": maps}
+        rewritten(tmp_path / "two/global_step4", name, lambda value, i=info: value.update(universal_checkpoint_info=i))
+    two = Reader(open_any(tmp_path / "two"))
+    rows = np.frombuffer(two.read("embed.weight", "fp32"), np.float32).reshape(24, 5)[:, 0]
+    assert [int(row - rows[0]) // 5 for row in rows[::6]] == [0, 12, 6, 18], "the parts, read as the map says"
+    write_as("deepspeed:zero1,dp=1,tp=1", two, tmp_path / "one")
+    one = Reader(open_any(tmp_path / "one"))
+    assert bytes(one.read("embed.weight", "fp32")) == bytes(two.read("embed.weight", "fp32"))
+    with pytest.raises(MappingError, match=r"cannot tell how this was split.*embed\.weight"):
+        write_as("deepspeed:zero1,dp=1,tp=2", one, tmp_path / "again")
+
+
 def test_a_map_that_a_category_describes_holds_for_other_ranks_too() -> None:
     halves = [
         ([2, 1], [{"shape": [2, 1], "source": [rank, [2, 1]], "dest": [0, [1, 1]], "locations": [rank]}])
