@@ -195,8 +195,6 @@ def _zero12(opened: Opened) -> Found:
     """Every model-parallel rank has its own groups; within one, partitions are joined over the data-parallel ranks."""
     files = opened.files
     experts = Experts.of(opened.models.values(), files)
-    if experts.local and opened.tp > 1:
-        raise MappingError("experts on tensor-parallel ranks are not understood", tp=opened.tp)
     found = Found(1)
     for mp in range(opened.mp):
         builder = opened.builders[mp]

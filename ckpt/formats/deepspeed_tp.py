@@ -20,6 +20,7 @@ from ..universal.model import Box, Checkpoint, Region, Role, Slab, Span, TensorS
 from ..universal.read import Reader
 from ..universal.view import View
 from .building import Builder
+from .deepspeed_experts import LOCAL
 from .deepspeed_modules import buffers_of, frozen_shapes, shapes_of, shared_of
 from .deepspeed_tp_rules import Rules
 from .deepspeed_tp_split import INFO, Piece, Shape, Split, within
@@ -127,6 +128,8 @@ def splits_of(main: Mapping[str, Any], models: Mapping[int, Mapping[str, Any]], 
     for mp, model in models.items():
         for name, shape in _shapes(model):
             parts.setdefault(name, {})[mp % tp] = shape
+    if info.get("expert_parameter_patterns") or any(map(LOCAL.fullmatch, parts)):
+        raise MappingError("experts on tensor-parallel ranks are not understood", tp=tp)
     rules = Rules(info)
     missing = next((name for name, found in parts.items() if len(found) != tp), None)
     if missing is not None:

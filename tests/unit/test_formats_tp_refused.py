@@ -172,6 +172,18 @@ def test_patterns_that_name_nothing_are_of_another_model(tmp_path: Path, source:
         open_any(tmp_path / "out")
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_experts_on_tensor_parallel_ranks_are_refused_under_every_stage(
+    tmp_path: Path, source: Reader, stage: int
+) -> None:
+    write_as(f"deepspeed:zero{stage},dp=1,tp=2", source, tmp_path / "out")
+    info = {**INFO, "expert_parameter_patterns": [r".*\.experts\.w[123]$"]}
+    name = "mp_rank_00_model_states.pt" if stage == 1 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    rewritten(tmp_path / "out/global_step4", name, lambda value: value.update(universal_checkpoint_info=info))
+    with pytest.raises(MappingError, match="experts on tensor-parallel ranks"):
+        open_any(tmp_path / "out")
+
+
 def test_a_vocabulary_that_ranks_filled_up_is_not_written_for_ranks_again(tmp_path: Path, source: Reader) -> None:
     write_as("deepspeed:zero1,dp=1,tp=2", source, tmp_path / "two")
     info = {**INFO, "vocabulary_parameter_patterns": ["^embed\\.weight$"], "original_vocab_size": 20}
